@@ -10,21 +10,18 @@ one half of the training pictures, and measures the accuracy of the path on the 
 each operation that was trained less and yet is better takes a little probability from the one that it beats.
 In the end the most probable operation of each edge is the architecture.
 """
-import argparse, functools, io, json, math, os, shlex, sys, time, zipfile
+import argparse, functools, io, json, math, os, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-import torchvision
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
 from torchvision.transforms import v2
 
 METHOD = "mdenas"
-DEFAULTS = {  # per data set, what the command line leaves open
-    # As small as can still tell a cell of convolutions from a cell of pools.
+DEFAULTS = {  # per data set, what the command line leaves open; cifar10 has the settings of the paper
     "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=64, lr=0.1),
-    # The paper's search.
     "cifar10": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
     "imagefolder": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
     # The sources do not give the settings of the search on ImageNet: these are CIFAR-10's.
@@ -44,6 +41,8 @@ class MultinomialDistribution:
     accuracies (E, K): the last accuracy measured with it, 0 before the first.
     """
     def __init__(self, num_edges, num_ops, epochs=100, alpha=0.01, seed=0):
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha lies between 0 and 1, not at {alpha}")
         self.epochs, self.alpha = epochs, alpha                   # alpha: what a comparison won is worth
         self.probabilities = np.full((num_edges, num_ops), 1 / num_ops)
         self.epochs_seen = np.zeros((num_edges, num_ops), int)
@@ -157,11 +156,10 @@ def depthwise_separable(c, kernel, stride, dilation, norm):
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm), depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {
+OPS = {  # the average does not count the padding
     "none": lambda c, stride, norm: Zero(stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
-    "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
-        nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm(c)),
+    "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.AvgPool2d(3, stride, 1, False, False), norm(c)),
     "skip_connect": lambda c, stride, norm: nn.Identity() if stride == 1 else FactorizedReduce(c, c, norm),
     "sep_conv_3x3": lambda c, stride, norm: sep_conv(c, 3, stride, norm),
     "sep_conv_5x5": lambda c, stride, norm: sep_conv(c, 5, stride, norm),
@@ -266,17 +264,14 @@ class MobileSupernet(nn.Module):
 def derive_cells(strength):
     """strength (28, 8) of every operation on every edge -> {"normal": 4 nodes, "reduce": 4 nodes}.
 
-    An edge stands for its strongest operation other than `none`. A node keeps its 2 strongest edges as [operation,
-    source]: sources 0 and 1 are the cell's inputs, 2 + i is node i.
+    An edge stands for its strongest operation other than `none`. A node keeps its 2 strongest edges, each as
+    [operation, source]: sources 0 and 1 are the inputs of the cell, 2 + i is node i.
     """
-    cells = {}
-    for name, rows in zip(("normal", "reduce"), strength.reshape(2, NUM_EDGES, len(PRIMITIVES))):
-        edges = iter(rows[:, 1:])  # without `none`, the first operation
-        cells[name] = []
-        for node in range(NUM_NODES):
-            incoming = [next(edges) for _ in range(2 + node)]
-            strongest = sorted(range(2 + node), key=lambda source: -incoming[source].max())[:2]
-            cells[name].append([[PRIMITIVES[1 + incoming[s].argmax()], s] for s in sorted(strongest)])
+    cells = {"normal": [], "reduce": []}
+    for nodes, rows in zip(cells.values(), strength.reshape(2, NUM_EDGES, len(PRIMITIVES))):
+        for edges in np.split(rows[:, 1:], [2, 5, 9]):  # (2 + i, 7), those of node i without `none`
+            strongest = sorted(edges.max(1).argsort()[-2:].tolist())
+            nodes.append([[PRIMITIVES[1 + edges[source].argmax()], source] for source in strongest])
     return cells
 # ==== end ===================================================================================================
 
@@ -288,8 +283,8 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 def make_gratings(count, size, seed):
     """Draw made-up pictures -> images (count, size, size, 3) uint8, labels (count,), class names.
 
-    A picture is two gratings of random phase, frequency and colour under noise; its class is the pair of their
-    angles, out of 5 (10 pairs). A grating and its mirror image count as the same angle, since pictures are flipped.
+    A picture is two gratings of random phase, frequency and colour under noise. Its class is the pair of their angles,
+    out of 5; a grating and its mirror image have the same angle, since pictures are flipped.
     """
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                                   # (10, 2)
@@ -334,10 +329,9 @@ class Folder(torch.utils.data.Dataset):
             return self.augmented(picture), label
 
 def open_pictures(args, train):
-    """Open the pictures for training, or those kept for the test -> pictures, labels (N,), class names.
+    """Open the pictures for training, or those for the test -> pictures, labels (N,), class names.
 
-    The pictures are a uint8 tensor (N, S, S, 3) where S <= SMALL, a Folder where they are larger. Raises ValueError
-    where they are missing or damaged.
+    The pictures are a uint8 tensor (N, S, S, 3), or a Folder where S > SMALL. Raises ValueError for missing, damaged ones.
     """
     if args.dataset == "synthetic":
         return make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
@@ -362,8 +356,7 @@ def open_pictures(args, train):
 class Batches:
     """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; each rank gets its share of every batch.
 
-    Training batches are shuffled, augmented and all full. Small pictures are cropped and flipped on the device, by one
-    gather a batch; large ones come from worker processes. Order and augmentation follow from seed and `epoch` alone.
+    Training batches are shuffled, augmented and all full. Order and augmentation follow from seed and `epoch` alone.
     """
     def __init__(self, pictures, labels, index, batch_size, train, args):
         self.index, self.batch_size, self.train, self.seed, self.epoch = index, batch_size, train, args.seed, 0
@@ -371,9 +364,8 @@ class Batches:
         mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]), device=args.device)
         self.mean, self.std = 255 * mean_std[:, :, None, None]  # (3, 1, 1) each, in units of a pixel's 0 to 255
         if isinstance(pictures, Folder):
-            self.loader = torch.utils.data.DataLoader(
-                pictures, batch_sampler=self.keys, num_workers=args.workers, persistent_workers=args.workers > 0,
-                pin_memory=args.device == "cuda")
+            self.loader = torch.utils.data.DataLoader(pictures, batch_sampler=self.keys, num_workers=args.workers,
+                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda")
         else:
             self.pad = pictures.shape[1] // 8  # 4 pixels for pictures of 32
             self.images = F.pad(pictures.to(args.device), (0, 0, *4 * [self.pad]))  # (N, S + 2 pad, S + 2 pad, 3)
@@ -399,9 +391,9 @@ class Batches:
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
         shifts, size = 2 * self.pad + 1, self.images.shape[1] - 2 * self.pad
-        top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
         if not self.train:
-            top, left, flip = torch.full_like(top, self.pad), torch.full_like(left, self.pad), torch.zeros_like(flip)
+            seeds = torch.full_like(seeds, self.pad * shifts + self.pad)  # those of the centre, not flipped
+        top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
         along = torch.arange(size, device=self.device)
         rows = top[:, None] + along                                                         # (B, S)
         columns = left[:, None] + torch.where(flip[:, None], size - 1 - along, along)       # (B, S)
@@ -419,8 +411,7 @@ def say(*text, **options):
         print(*text, **options, flush=True)
 
 def progress(text):
-    """A line that rewrites itself on a terminal; nothing in a file."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty():  # a line that rewrites itself; nothing in a file
         say(f"\r{text}\033[K", end="")
 
 def start_ranks(device):
@@ -470,9 +461,8 @@ def save_checkpoint(path, settings, parts, log):
 def load_checkpoint(path, settings, parts, device):
     """Give every part its state from path -> log. Raises ValueError for a damaged file or one of other settings."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError("checksum")
-        state = torch.load(path, map_location=device, weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
         saved, log = state["settings"], state["log"]
     except Exception:  # torch.load has many ways to fail
         raise ValueError(f"{path} is damaged, or not a checkpoint of this script: nothing was changed") from None
@@ -482,15 +472,6 @@ def load_checkpoint(path, settings, parts, device):
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return log
-
-def number(kind, above, below=math.inf):
-    """An argparse type: an int or a float strictly between the two."""
-    def parse(text):
-        if not above < kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}" + f" and below {below}" * (below < math.inf))
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
 # ==== end ===================================================================================================
 
 # ==== shared: one epoch, and what the user sees =============================================================
@@ -533,7 +514,7 @@ def split_halves(pictures, labels, args):
             Batches(pictures, labels, judge[:count * size], size, False, args))
 
 def show(probabilities, args):
-    """Print the distribution (E, K): edges down, operations across, darker the more probable, x for never."""
+    """Print the distribution (E, K): edges down, operations across, the darker the more probable, x for never."""
     if args.space == "cell":
         columns = ["none", "max3", "avg3", "skip", "sep3", "sep5", "dil3", "dil5"]
         rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
@@ -543,7 +524,7 @@ def show(probabilities, args):
         rows = [f"block {i}" for i in range(len(probabilities))]
     say(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities):
-        shades = ["x" if p == 0 else 3 * "░▒▓█"[min(3, int(4 * p))] for p in values]
+        shades = ["x" if p == 0 else 3 * "░▒▓█"[min(3, int(4 * p / max(values)))] for p in values]
         say(f"{row:14}" + "".join(f"{shade:>6}" for shade in shades))
 
 def draw(genotype):
@@ -562,27 +543,31 @@ def draw(genotype):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=100, help="of the search")
-    add("--alpha", type=number(float, 0, 1), default=0.01, help="probability that an operation wins from another")
+    add("--epochs", type=int, default=100, help="of the search")
+    add("--alpha", type=float, default=0.01, help="probability that an operation wins from another")
     # ==== shared: arguments =================================================================================
     add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up pictures, or real ones")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes; of a folder with train/<class>/*")
-    add("--image-size", type=number(int, 0), help="pixels; pictures up to 64 live on the device")
+    add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--space", choices=("cell", "mobile"), help="search space")
     add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
-    add("--channels", type=number(int, 0), help="C, of the first cell")
-    add("--cells", type=number(int, 2), help="in the supernet")
-    add("--batch-size", type=number(int, 0), help="over all the processes")
-    add("--lr", type=number(float, 0), help="learning rate of the first epoch")
-    add("--seed", type=number(int, -1), default=0, help="of the samples, weights, halves and made-up pictures")
+    add("--channels", type=int, help="C, of the first cell")
+    add("--cells", type=int, help="in the supernet")
+    add("--batch-size", type=int, help="over all the processes")
+    add("--lr", type=float, help="learning rate of the first epoch")
+    add("--seed", type=int, default=0, help="of the samples, weights, halves and made-up pictures")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=number(int, -1), default=min(8, os.cpu_count()), help="processes that read large pictures")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read large pictures")
     add("--out", type=Path, default=Path("runs") / METHOD, help="folder for the results")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name, value in vars(args).items():
+        least = {"seed": 0, "workers": 0, "resume": 0, "cells": 3}.get(name, 1 if isinstance(value, int) else 1e-9)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: it is {least} at least")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here, use --device cpu")
     if args.dataset == "cifar10" and args.image_size != 32:
@@ -619,11 +604,8 @@ def search(args):
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "distribution": distribution}
     may_change = ("data_dir", "device", "workers", "out", "resume")
     settings = {k: v for k, v in vars(args).items() if k not in may_change} | {"pictures": len(labels)}
-    if checkpoint.exists():
-        log = load_checkpoint(checkpoint, settings, parts, args.device)
-    else:
-        log = []
-        save_checkpoint(checkpoint, settings, parts, log)  # now: a folder that cannot be written ends the run here
+    log = load_checkpoint(checkpoint, settings, parts, args.device) if checkpoint.exists() else []
+    save_checkpoint(checkpoint, settings, parts, log)  # a folder that cannot be written ends the run here
     say(*(f"{name} {value}" for name, value in settings.items()), sep=", ")
     say(f"{sum(w.numel() for w in network.parameters()):,} weights on {args.device}; {len(log)} epochs done, "
         f"{distribution.total_epochs - len(log)} ahead; results go to {args.out}")
@@ -673,8 +655,7 @@ def main(argv=None):
         search(parse_args(argv))
         return 0
     except KeyboardInterrupt:
-        command = shlex.join(["python", *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"\ninterrupted; to go on from the last whole epoch: {command}", file=sys.stderr)
+        print("\ninterrupted: the same command with --resume goes on from the last whole epoch", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print(f"{METHOD}.py: error: {str(error).splitlines()[-1]}", file=sys.stderr)
