@@ -644,8 +644,7 @@ def search(args):
     progress("")
     for name in found:
         say(name, *found[name], sep="\n    ")
-    say(f"accuracy in the supernet {accuracy:.2%}; to train it alone:\n"
-        f"    python retrain.py --genotype {result} --dataset {args.dataset} --data-dir {args.data_dir}")
+    say(f"accuracy in the supernet {accuracy:.2%}; what the architecture is worth shows when it is trained alone: {result}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
