@@ -497,8 +497,9 @@ def train_epoch(network, optimizer, batches, sample, title):
         step(network, optimizer, loss)
         total = total + loss.detach()  # stays on the device: reading it would wait for the step
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
-    if not math.isfinite(mean):
-        raise ValueError(f"{title}: the loss is {mean} along the path {list(map(int, sample))}. The last checkpoint is "
+    weights = [weight for weight in network.parameters() if weight.grad is not None]
+    if not math.isfinite(mean + nn.utils.get_total_norm(weights).item()):  # no loss has seen the last step's weights
+        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {list(map(int, sample))}. The last checkpoint is "
                          "that of the epoch before. Start again with a smaller --lr")
     return mean
 
@@ -653,8 +654,8 @@ def search(args):
         write_file(args.out / "cell.md", draw(genotype))
         write_file(result, json.dumps(genotype) + "\n")
     progress("")
-    for name in found:
-        say(name, *found[name], sep="\n    ")
+    for name, part in found.items():
+        say(name, *(part if isinstance(part, list) else [part]), sep="\n    ")
     say(f"accuracy in the supernet {accuracy:.2%}; what the architecture is worth shows when it is trained alone: {result}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

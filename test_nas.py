@@ -441,3 +441,20 @@ def test_bad_input_ends_with_one_line(fault, words, tmp_path, capsys):
     assert code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_kept(name, tmp_path, monkeypatch, capsys):
+    script, steps = SCRIPTS[name], itertools.count(1)
+    step = script.step
+
+    def spoil(network, optimizer, loss):
+        step(network, optimizer, loss)
+        if next(steps) == 8:  # 384 pictures to train on are 4 batches: the last step of the second epoch
+            network.linear.bias.data[0] = float("nan")
+    monkeypatch.setattr(script, "step", spoil)
+    command = [*TINY, *SHORT[name], "--out", str(tmp_path)]
+    assert script.main(command) == 2
+    assert "not finite" in capsys.readouterr().err and len(rows(tmp_path)) == 1
+    monkeypatch.setattr(script, "step", step)
+    assert script.main([*command, "--resume"]) == 0
