@@ -329,7 +329,8 @@ class Folder(torch.utils.data.Dataset):
         self.plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __getitem__(self, key):
-        (index, seed), (path, label) = key, self.samples[key[0]]
+        index, seed = key
+        path, label = self.samples[index]
         try:
             picture = torchvision.datasets.folder.pil_loader(path)
         except (OSError, SyntaxError, ValueError) as error:
@@ -499,8 +500,8 @@ def train_epoch(network, optimizer, batches, sample, title):
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
     weights = [weight for weight in network.parameters() if weight.grad is not None]
     if not math.isfinite(mean + nn.utils.get_total_norm(weights).item()):  # no loss has seen the last step's weights
-        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {list(map(int, sample))}. The last checkpoint is "
-                         "that of the epoch before. Start again with a smaller --lr")
+        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {list(map(int, sample))}. "
+                         "The last checkpoint is that of the epoch before. Start again with a smaller --lr")
     return mean
 
 @torch.no_grad()
@@ -559,7 +560,7 @@ def parse_args(argv):
     add("--passes", type=int, default=3, help="T, over the alive operations in a round")
     # ==== shared: arguments =================================================================================
     add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up pictures, or real ones")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes; of a folder with train/<class>/*")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or a folder with train/<class>/*")
     add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--space", choices=("cell", "mobile"), help="search space")
     add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
@@ -656,7 +657,8 @@ def search(args):
     progress("")
     for name, part in found.items():
         say(name, *(part if isinstance(part, list) else [part]), sep="\n    ")
-    say(f"accuracy in the supernet {accuracy:.2%}; what the architecture is worth shows when it is trained alone: {result}")
+    say(f"accuracy in the supernet {accuracy:.2%}; what the architecture is worth shows when it is trained alone: "
+        f"{result}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
