@@ -119,10 +119,8 @@ class MultinomialDistribution:
 # ==== shared: operations ====================================================================================
 # Search space 1, cells: an edge is one of 8 operations, each built from (channels, stride, BatchNorm).
 
-PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
-              "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
-NUM_NODES = 4                # intermediate nodes of a cell; node i has 2 + i incoming edges
-NUM_EDGES = 2 + 3 + 4 + 5    # of a cell, in node order, then source order
+NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
+NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -166,6 +164,7 @@ OPS = {  # the average does not count the padding
     "dil_conv_3x3": lambda c, stride, norm: depthwise_separable(c, 3, stride, 2, norm),
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
+PRIMITIVES = list(OPS)
 
 # Search space 2, MobileNet: a block is one of 9 pairs of kernel and expansion.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
@@ -298,17 +297,15 @@ def make_gratings(count, size, seed):
     angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
     waves = torch.sin(2 * math.pi * frequency * (x * angle.cos() + y * angle.sin()) + phase)  # (count, 2, size, size)
     images = torch.einsum("nwyx,nwc->nyxc", waves, colour) + 0.8 * torch.randn(count, size, size, 3, generator=g)
-    names = [f"{22.5 * a:g} and {22.5 * b:g} degrees" for a, b in pairs.tolist()]
-    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, names
+    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, [f"angles {a} and {b}" for a, b in pairs.tolist()]
 
-class Folder(torch.utils.data.Dataset):
-    """Picture files, <folder>/<class>/*. A key is (index, seed): the seed alone draws the augmentation; -1 for none."""
+class Folder(torchvision.datasets.ImageFolder):
+    """Picture files, <folder>/<class>/*. A key is (index, seed): the seed alone draws the augmentation; -1: none."""
     def __init__(self, folder, size):
         try:
-            found = torchvision.datasets.ImageFolder(folder)
+            super().__init__(folder)
         except OSError as error:  # no such folder, no class in it, or a class without pictures
             raise ValueError(f"--data-dir: {folder} must hold a folder of pictures for each class ({error})") from None
-        self.samples, self.classes = found.samples, found.classes
         if len(self.classes) < 2:
             raise ValueError(f"--data-dir: {folder} holds only one class, {self.classes[0]}: two or more are needed")
         self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
@@ -317,26 +314,26 @@ class Folder(torch.utils.data.Dataset):
         self.plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __getitem__(self, key):
-        index, seed = key
-        path, label = self.samples[index]
+        path, label = self.samples[key[0]]
         try:
-            picture = torchvision.datasets.folder.pil_loader(path)
+            picture = self.loader(path)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a picture: replace or remove it ({error})") from None
-        if seed < 0:
+        if key[1] < 0:
             return self.plain(picture), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(key[1])
             return self.augmented(picture), label
 
 def open_pictures(args, train):
     """Open the pictures for training, or those for the test -> pictures, labels (N,), class names.
 
-    The pictures are a uint8 tensor (N, S, S, 3), or a Folder where S > SMALL. Raises ValueError for missing, damaged ones.
+    The pictures are a uint8 tensor (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where
+    S > SMALL. Raises ValueError where they are missing or damaged.
     """
     if args.dataset == "synthetic":
-        return make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
-    if args.dataset == "cifar10":
+        images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
+    elif args.dataset == "cifar10":
         try:
             for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
                 if turn == RANK:
@@ -345,14 +342,17 @@ def open_pictures(args, train):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir} and cannot be downloaded "
                              f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
-        return torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
-    folder = Folder(args.data_dir / ("train" if train else "val"), args.image_size)
-    pictures, labels = folder, torch.tensor([label for _, label in folder.samples])
-    if args.image_size <= SMALL:
+        images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
+    else:
+        folder = Folder(args.data_dir / ("train" if train else "val"), args.image_size)
+        labels, classes = torch.tensor(folder.targets), folder.classes
+        if args.image_size > SMALL:
+            return folder, labels, classes
         with ThreadPoolExecutor() as pool:
             plain = pool.map(folder.__getitem__, [(i, -1) for i in range(len(labels))])
-            pictures = torch.stack([picture.permute(1, 2, 0) for picture, _ in plain])
-    return pictures, labels, folder.classes
+            images = torch.stack([image.permute(1, 2, 0) for image, _ in plain])
+    pad = args.image_size // 8  # 4 pixels for pictures of 32
+    return F.pad(images.to(args.device), (0, 0, pad, pad, pad, pad)), labels.to(args.device), classes
 
 class Batches:
     """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; each rank gets its share of every batch.
@@ -361,16 +361,13 @@ class Batches:
     """
     def __init__(self, pictures, labels, index, batch_size, train, args):
         self.index, self.batch_size, self.train, self.seed, self.epoch = index, batch_size, train, args.seed, 0
-        self.device, self.keys, self.loader = args.device, [], None
+        self.device, self.keys, self.size = args.device, [], args.image_size
+        self.images, self.labels, self.loader = pictures, labels, None
         mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]), device=args.device)
         self.mean, self.std = 255 * mean_std[:, :, None, None]  # (3, 1, 1) each, in units of a pixel's 0 to 255
         if isinstance(pictures, Folder):
             self.loader = torch.utils.data.DataLoader(pictures, batch_sampler=self.keys, num_workers=args.workers,
                 persistent_workers=args.workers > 0, pin_memory=args.device == "cuda")
-        else:
-            self.pad = pictures.shape[1] // 8  # 4 pixels for pictures of 32
-            self.images = F.pad(pictures.to(args.device), (0, 0, *4 * [self.pad]))  # (N, S + 2 pad, S + 2 pad, 3)
-            self.labels = labels.to(args.device)
 
     def __len__(self):
         return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
@@ -380,20 +377,23 @@ class Batches:
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
+        keys = keys.to("cpu" if self.loader else self.device)  # all at once, since this waits for the device
+        shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
         if self.loader is None:
-            for batch in keys.to(self.device).split(self.batch_size)[:len(self)]:
-                yield self.crop(*batch[RANK::WORLD_SIZE].T)
+            for share in shares:
+                yield self.crop(*share.T)
         else:
-            self.keys[:] = [batch[RANK::WORLD_SIZE].tolist() for batch in keys.split(self.batch_size)[:len(self)]]
+            self.keys[:] = [share.tolist() for share in shares]
             for images, labels in self.loader:
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 yield images, labels.to(self.device, non_blocking=True)
 
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
-        shifts, size = 2 * self.pad + 1, self.images.shape[1] - 2 * self.pad
+        size, pad = self.size, self.size // 8
+        shifts = 2 * pad + 1
         if not self.train:
-            seeds = torch.full_like(seeds, self.pad * shifts + self.pad)  # those of the centre, not flipped
+            seeds = torch.full_like(seeds, pad * shifts + pad)  # the centre, not flipped
         top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
         along = torch.arange(size, device=self.device)
         rows = top[:, None] + along                                                         # (B, S)
@@ -427,7 +427,7 @@ def sum_over_ranks(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-def step(network, optimizer, loss):
+def step(network, optimizer, loss, clip):
     """One step down the gradient averaged over the ranks. What has no gradient keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
@@ -436,7 +436,7 @@ def step(network, optimizer, loss):
         total = sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
         for grad, mean in zip(grads, (total / WORLD_SIZE).split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
-    nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+    nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
 
 def write_file(path, data):
@@ -448,6 +448,8 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -483,7 +485,7 @@ def train_epoch(network, optimizer, batches, sample, title):
         progress(f"{title}  training, batch {i + 1} of {len(batches)}")
         with torch.autocast(batches.device, torch.bfloat16, enabled=batches.device == "cuda"):
             loss = F.cross_entropy(network(batches.normalise(images), sample), labels)
-        step(network, optimizer, loss)
+        step(network, optimizer, loss, CLIP)
         total = total + loss.detach()  # stays on the device: reading it would wait for the step
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
     weights = [weight for weight in network.parameters() if weight.grad is not None]
@@ -547,28 +549,30 @@ def parse_args(argv):
     add = parser.add_argument
     add("--epochs", type=int, default=100, help="of the search")
     add("--alpha", type=float, default=0.01, help="probability that an operation wins from another")
-    # ==== shared: arguments =================================================================================
     add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up pictures, or real ones")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or a folder with train/<class>/*")
-    add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--space", choices=("cell", "mobile"), help="search space")
     add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
+    # ==== shared: arguments =================================================================================
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or a folder with train/<class>/*")
+    add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--channels", type=int, help="C, of the first cell")
-    add("--cells", type=int, help="in the supernet")
+    add("--cells", type=int, help="how many")
     add("--batch-size", type=int, help="over all the processes")
     add("--lr", type=float, help="learning rate of the first epoch")
-    add("--seed", type=int, default=0, help="of the samples, weights, halves and made-up pictures")
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read large pictures")
     add("--out", type=Path, default=Path("runs") / METHOD, help="folder for the results")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    # ==== end ===============================================================================================
     args = parser.parse_args(argv)
+    # ==== shared: defaults and checks =======================================================================
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        least = {"seed": 0, "workers": 0, "resume": 0, "cells": 3}.get(name, 1 if isinstance(value, int) else 1e-9)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
+        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1 if type(value) is int else 1e-9)
+        if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: it is {least} at least")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here, use --device cpu")
@@ -578,8 +582,8 @@ def parse_args(argv):
         parser.error(f"--image-size {args.image_size} is not a multiple of 4: two reduction cells halve it twice")
     if args.batch_size % WORLD_SIZE:
         parser.error(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes")
-    return args
     # ==== end ===============================================================================================
+    return args
 
 # ==== the search ============================================================================================
 def search(args):

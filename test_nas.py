@@ -284,10 +284,10 @@ def test_a_step_leaves_everything_off_the_path_alone():
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=0.1)
     images, labels = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
     for op in range(8):  # gives every weight a momentum
-        ddp_nas.step(network, optimizer, F.cross_entropy(network(images, np.full(28, op)), labels))
+        ddp_nas.step(network, optimizer, F.cross_entropy(network(images, np.full(28, op)), labels), 5)
     before = {name: (weight.clone(), optimizer.state[weight]["momentum_buffer"].clone())
               for name, weight in network.named_parameters() if weight in optimizer.state}
-    ddp_nas.step(network, optimizer, F.cross_entropy(network(images, np.full(28, 4)), labels))
+    ddp_nas.step(network, optimizer, F.cross_entropy(network(images, np.full(28, 4)), labels), 5)
     moved = 0
     for name, weight in network.named_parameters():
         if name not in before:
@@ -336,10 +336,11 @@ def test_derived_cells_hold_the_strongest_edges_and_never_none():
 
 def test_crops_are_windows_of_the_padded_picture_flipped_or_not():
     args = ddp_nas.parse_args(["--image-size", "16", "--device", "cpu"])
-    images, labels, _ = ddp_nas.open_pictures(args, train=True)
-    batches = ddp_nas.Batches(images, labels, torch.arange(64), 32, True, args)
-    assert len(batches) == 2
+    images, labels, _ = ddp_nas.make_gratings(768, 16, seed=1)
     padded = F.pad(images, (0, 0, 2, 2, 2, 2))
+    pictures, _, _ = ddp_nas.open_pictures(args, train=True)
+    batches = ddp_nas.Batches(pictures, labels, torch.arange(64), 32, True, args)
+    assert len(batches) == 2
     seen = []
     for crops, targets in batches:
         for crop, target in zip(crops.permute(0, 2, 3, 1), targets):
@@ -349,7 +350,7 @@ def test_crops_are_windows_of_the_padded_picture_flipped_or_not():
             assert len(matches) == 1 and labels[matches[0][0]] == target
             seen += matches
     assert sorted(i for i, _ in seen) == list(range(64)) and 10 < sum(flip for _, flip in seen) < 54
-    plain = ddp_nas.Batches(images, labels, torch.arange(40), 20, False, args)
+    plain = ddp_nas.Batches(pictures, labels, torch.arange(40), 20, False, args)
     assert torch.equal(torch.cat([crops for crops, _ in plain]).permute(0, 2, 3, 1), images[:40])
 
 
@@ -441,8 +442,8 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_kept(name, tmp_path
     script, steps = SCRIPTS[name], itertools.count(1)
     step = script.step
 
-    def spoil(network, optimizer, loss):
-        step(network, optimizer, loss)
+    def spoil(network, optimizer, loss, clip):
+        step(network, optimizer, loss, clip)
         if next(steps) == 8:  # 384 pictures to train on are 4 batches: the last step of the second epoch
             network.linear.bias.data[0] = float("nan")
     monkeypatch.setattr(script, "step", spoil)
