@@ -11,7 +11,6 @@ each operation that was trained less and yet is better takes a little probabilit
 In the end the most probable operation of each edge is the architecture.
 """
 import argparse, functools, io, json, math, os, sys, time, zipfile
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +23,6 @@ DEFAULTS = {  # per data set, what the command line leaves open; cifar10 has the
     "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=64, lr=0.1),
     "cifar10": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
     "imagefolder": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
-    # The sources do not give the settings of the search on ImageNet: these are CIFAR-10's.
     "imagenet": dict(space="mobile", channels=16, cells=6, image_size=224, batch_size=512, lr=0.025),
 }
 LR_MIN = 0.0    # where the cosine ends
@@ -75,10 +73,7 @@ class MultinomialDistribution:
         return self.pending.copy()
 
     def record(self, sample, accuracy):
-        """Take in the accuracy of the sample just handed out, and move the distribution.
-
-        Raises ValueError for any other sample, and for an accuracy that is not in [0, 1].
-        """
+        """Take in the accuracy, in [0, 1], of the sample just handed out, or raise ValueError; learn from it."""
         self.check(sample, accuracy)
         edges = np.arange(len(sample))
         self.epochs_seen[edges, sample] += 1
@@ -110,25 +105,18 @@ class MultinomialDistribution:
         """Go on from a state_dict(). Raises ValueError for one of another method or size."""
         if state.keys() != vars(self).keys() or np.shape(state["accuracies"]) != self.accuracies.shape:
             raise ValueError("this is the state of another method, or of other edges, operations or passes")
-        for name, value in state.items():
-            if name != "rng":
-                setattr(self, name, np.array(value) if isinstance(value, list) else value)
         self.rng.bit_generator.state = state["rng"]
+        arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in state.items()}
+        vars(self).update(arrays, rng=self.rng)
     # ==== end ===============================================================================================
 
 # ==== shared: operations ====================================================================================
-# Search space 1, cells: an edge is one of 8 operations, each built from (channels, stride, BatchNorm).
-
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.Module):
-    def __init__(self, stride):
-        super().__init__()
-        self.stride = stride
-
+class Zero(nn.AvgPool2d):  # for its stride; the kernel is 1
     def forward(self, x):
-        return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+        return torch.zeros_like(super().forward(x))
 
 class FactorizedReduce(nn.Module):
     """Halve height and width by two 1x1 stride-2 convs, the second on the picture shifted by one pixel."""
@@ -142,20 +130,18 @@ class FactorizedReduce(nn.Module):
         x = F.relu(x)
         return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
 
-def relu_conv_bn(c_in, c_out, norm):
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
+def relu_conv_bn(c_in, c_out, norm, *depthwise):
+    return nn.Sequential(nn.ReLU(), *depthwise, nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
     padding = dilation * (kernel - 1) // 2
-    return nn.Sequential(
-        nn.ReLU(), nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False),
-        nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return relu_conv_bn(c, c, norm, nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm), depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {  # the average does not count the padding
-    "none": lambda c, stride, norm: Zero(stride),
+OPS = {  # search space 1: the candidates of an edge; the average does not count the padding
+    "none": lambda c, stride, norm: Zero(1, stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.AvgPool2d(3, stride, 1, False, False), norm(c)),
     "skip_connect": lambda c, stride, norm: nn.Identity() if stride == 1 else FactorizedReduce(c, c, norm),
@@ -166,8 +152,7 @@ OPS = {  # the average does not count the padding
 }
 PRIMITIVES = list(OPS)
 
-# Search space 2, MobileNet: a block is one of 9 pairs of kernel and expansion.
-CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
+CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]  # search space 2: of a block
 BACKBONES = {  # (output channels, stride) of every block, and the width of the head
     "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1), (256, 2),
              (256, 1), (256, 1), (256, 1), (432, 1)], 1728),
@@ -175,28 +160,24 @@ BACKBONES = {  # (output channels, stride) of every block, and the width of the 
              (104, 1), (104, 1), (104, 1), (104, 1), (216, 2), (216, 1), (216, 1), (216, 1), (360, 1)], 1432),
 }
 
-def conv_bn_relu6(c_in, c_out, kernel, stride, norm, groups=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-                         norm(c_out), nn.ReLU6())
+conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
 
-class MBConv(nn.Module):
+class MBConv(nn.Sequential):
     """Inverted residual block: 1x1 expand (not where the ratio is 1), depthwise, 1x1 project."""
     def __init__(self, c_in, c_out, stride, kernel, expansion, norm):
-        super().__init__()
         c = c_in * expansion
-        self.expand = conv_bn_relu6(c_in, c, 1, 1, norm) if expansion > 1 else nn.Identity()
-        self.depthwise = conv_bn_relu6(c, c, kernel, stride, norm, groups=c)
-        self.project = nn.Sequential(nn.Conv2d(c, c_out, 1, bias=False), norm(c_out))
+        expand = [conv_bn_relu6(c_in, c, 1, norm_layer=norm)] if expansion > 1 else []
+        super().__init__(*expand, conv_bn_relu6(c, c, kernel, stride, groups=c, norm_layer=norm),
+                         nn.Conv2d(c, c_out, 1, bias=False), norm(c_out))
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
-        out = self.project(self.depthwise(self.expand(x)))
+        out = super().forward(x)
         return x + out if self.residual else out
 # ==== end ===================================================================================================
 
 # ==== shared: supernets =====================================================================================
-# Every candidate of every edge has weights; a forward pass computes the sampled path alone. The BatchNorms keep no
-# running statistics: a running mean shared by many paths would describe none of them.
+# The BatchNorms keep no running statistics: a running mean shared by many paths would describe none of them.
 SupernetNorm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
 
 class SupernetCell(nn.Module):
@@ -215,7 +196,8 @@ class SupernetCell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         path = iter([ops[choice] for ops, choice in zip(self.edges, sample)])
         for _ in range(NUM_NODES):
-            states.append(sum([next(path)(state) for state in states]))
+            first, *others = [next(path)(state) for state in states]
+            states.append(sum(others, first))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
@@ -246,25 +228,24 @@ class MobileSupernet(nn.Module):
         norm = functools.partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
         channels = [40] + [c for c, _ in blocks]
-        self.first_conv = conv_bn_relu6(3, 40, 3, 2, norm)
+        self.first_conv = conv_bn_relu6(3, 40, 3, 2, norm_layer=norm)
         self.blocks = nn.ModuleList(  # (14 or 20, 9)
             nn.ModuleList(MBConv(c_in, c_out, stride, *candidate, norm) for candidate in CANDIDATES)
             for c_in, (c_out, stride) in zip(channels, blocks))
-        self.feature_mix = conv_bn_relu6(channels[-1], head, 1, 1, norm)
-        self.linear = nn.Linear(head, num_classes)
+        self.head = nn.Sequential(conv_bn_relu6(channels[-1], head, 1, norm_layer=norm), nn.AdaptiveAvgPool2d(1),
+                                  nn.Flatten(), nn.Linear(head, num_classes))
 
     def forward(self, images, sample):
         """images (B, 3, S, S), sample (number of blocks,) -> logits (B, num_classes)."""
         x = self.first_conv(images)
         for candidates, choice in zip(self.blocks, sample):
             x = candidates[choice](x)
-        return self.linear(self.feature_mix(x).mean((2, 3)))
+        return self.head(x)
 
 def derive_cells(strength):
     """strength (28, 8) of every operation on every edge -> {"normal": 4 nodes, "reduce": 4 nodes}.
 
-    An edge stands for its strongest operation other than `none`. A node keeps its 2 strongest edges, each as
-    [operation, source]: sources 0 and 1 are the inputs of the cell, 2 + i is node i.
+    A node keeps its 2 strongest edges, and an edge its strongest operation other than `none`, as [operation, source].
     """
     cells = {"normal": [], "reduce": []}
     for nodes, rows in zip(cells.values(), strength.reshape(2, NUM_EDGES, len(PRIMITIVES))):
@@ -280,10 +261,9 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and every other data set
 
 def make_gratings(count, size, seed):
-    """Draw made-up pictures -> images (count, size, size, 3) uint8, labels (count,), class names.
+    """Draw pictures of two gratings under noise -> images (count, size, size, 3) uint8, labels (count,), class names.
 
-    A picture is two gratings of random phase, frequency and colour under noise. Its class is the pair of their angles,
-    out of 5; a grating and its mirror image have the same angle, since pictures are flipped.
+    The class is the pair of their angles, out of 5. Mirror images have the same angle, since pictures are flipped.
     """
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                                   # (10, 2)
@@ -310,8 +290,8 @@ class Folder(torchvision.datasets.ImageFolder):
             raise ValueError(f"--data-dir: {folder} holds only one class, {self.classes[0]}: two or more are needed")
         self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
                                      v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
-        resize = size if size <= SMALL else size * 256 // 224
-        self.plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+        self.plain = v2.Compose([v2.Resize(size if size <= SMALL else size * 256 // 224), v2.CenterCrop(size),
+                                 v2.PILToTensor()])
 
     def __getitem__(self, key):
         path, label = self.samples[key[0]]
@@ -326,10 +306,9 @@ class Folder(torchvision.datasets.ImageFolder):
             return self.augmented(picture), label
 
 def open_pictures(args, train):
-    """Open the pictures for training, or those for the test -> pictures, labels (N,), class names.
+    """Open the pictures for training, or for the test -> pictures, labels (N,), class names. ValueError if damaged.
 
-    The pictures are a uint8 tensor (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where
-    S > SMALL. Raises ValueError where they are missing or damaged.
+    Pictures: uint8 (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where S > SMALL.
     """
     if args.dataset == "synthetic":
         images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
@@ -348,9 +327,7 @@ def open_pictures(args, train):
         labels, classes = torch.tensor(folder.targets), folder.classes
         if args.image_size > SMALL:
             return folder, labels, classes
-        with ThreadPoolExecutor() as pool:
-            plain = pool.map(folder.__getitem__, [(i, -1) for i in range(len(labels))])
-            images = torch.stack([image.permute(1, 2, 0) for image, _ in plain])
+        images = torch.stack([folder[i, -1][0].permute(1, 2, 0) for i in range(len(labels))])
     pad = args.image_size // 8  # 4 pixels for pictures of 32
     return F.pad(images.to(args.device), (0, 0, pad, pad, pad, pad)), labels.to(args.device), classes
 
@@ -379,21 +356,22 @@ class Batches:
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
         keys = keys.to("cpu" if self.loader else self.device)  # all at once, since this waits for the device
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        if self.loader is None:
-            for share in shares:
-                yield self.crop(*share.T)
-        else:
+        if self.loader:
             self.keys[:] = [share.tolist() for share in shares]
-            for images, labels in self.loader:
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield images, labels.to(self.device, non_blocking=True)
+        for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
+            if i < 2:  # the clock starts anew after the first batch, which warms up
+                torch.zeros(1, device=self.device).item()  # waits for the device
+                start = time.perf_counter()
+            yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+                   labels.to(self.device, non_blocking=True))
+        torch.zeros(1, device=self.device).item()
+        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # that a warm pass takes
 
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
-        size, pad = self.size, self.size // 8
-        shifts = 2 * pad + 1
+        size, shifts = self.size, 2 * (self.size // 8) + 1
         if not self.train:
-            seeds = torch.full_like(seeds, pad * shifts + pad)  # the centre, not flipped
+            seeds = torch.full_like(seeds, shifts**2 // 2)  # the centre, not flipped
         top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
         along = torch.arange(size, device=self.device)
         rows = top[:, None] + along                                                         # (B, S)
@@ -404,8 +382,7 @@ class Batches:
     def normalise(self, images):
         return (images - self.mean) / self.std
 
-# torchrun starts a process per device, and tells each its place. Without it there is one.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun: one per device
 
 def say(*text, **options):
     if RANK == 0:
@@ -413,7 +390,7 @@ def say(*text, **options):
 
 def progress(text):
     if sys.stdout.isatty():  # a line that rewrites itself; nothing in a file
-        say(f"\r{text}\033[K", end="")
+        say(f"{text}\033[K", end="\r")
 
 def start_ranks(device):
     if device == "cuda":
@@ -431,11 +408,9 @@ def step(network, optimizer, loss, clip):
     """One step down the gradient averaged over the ranks. What has no gradient keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    if WORLD_SIZE > 1:  # every rank trained the same path, so that the same weights have a gradient
-        grads = [weight.grad for weight in network.parameters() if weight.grad is not None]
-        total = sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
-        for grad, mean in zip(grads, (total / WORLD_SIZE).split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))
+    for weight in network.parameters():
+        if WORLD_SIZE > 1 and weight.grad is not None:  # the same weights on every rank, since all train the same path
+            sum_over_ranks(weight.grad).div_(WORLD_SIZE)
     nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
 
@@ -490,8 +465,8 @@ def train_epoch(network, optimizer, batches, sample, title):
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
     weights = [weight for weight in network.parameters() if weight.grad is not None]
     if not math.isfinite(mean + nn.utils.get_total_norm(weights).item()):  # no loss has seen the last step's weights
-        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {list(map(int, sample))}. "
-                         "The last checkpoint is that of the epoch before. Start again with a smaller --lr")
+        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {sample.tolist()}: "
+                         "start again with a smaller --lr; the last checkpoint is that of the epoch before")
     return mean
 
 @torch.no_grad()
@@ -510,8 +485,7 @@ def split_halves(pictures, labels, args):
     train, judge = order.tensor_split(2)
     if len(judge) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than half of the {len(labels)} training pictures")
-    # A path is judged with the BatchNorm statistics of the batch, so these batches are all of one size: the one that
-    # leaves out the fewest pictures.
+    # Judged by the BatchNorm statistics of a batch, a path needs batches of one size: that which leaves out the fewest.
     count = math.ceil(len(judge) / args.batch_size)
     size = len(judge) // count // WORLD_SIZE * WORLD_SIZE
     return (Batches(pictures, labels, train, args.batch_size, True, args),
@@ -533,14 +507,16 @@ def show(probabilities, args):
 
 def draw(genotype):
     """The architecture as Markdown with Mermaid graphs."""
+    graphs = {}
     if genotype["space"] == "mobile":
         names = ["image", "3x3 conv", *(f"{k}x{k}, expansion {e}" for k, e in genotype["blocks"]), "1x1 conv", "linear"]
-        graphs = {"blocks": ["    " + " --> ".join(f'{i}["{name}"]' for i, name in enumerate(names))]}
+        graphs["blocks"] = " --> ".join(f'{i}["{name}"]' for i, name in enumerate(names))
     else:
-        graphs = {cell: ["    0([input 0])", "    1([input 1])"]
-                  + [f"    {source} -->|{name}| {2 + i}" for i, node in enumerate(genotype[cell]) for name, source in node]
-                  + [f"    {2 + i} --> output([output])" for i in range(NUM_NODES)] for cell in ("normal", "reduce")}
-    text = [f"## {title}\n\n```mermaid\ngraph LR\n" + "\n".join(lines) + "\n```\n" for title, lines in graphs.items()]
+        for cell in ("normal", "reduce"):
+            edges = [f"{source} -->|{name}| {2 + i}" for i, node in enumerate(genotype[cell]) for name, source in node]
+            ends = [f"{2 + i} --> output([output])" for i in range(NUM_NODES)]
+            graphs[cell] = "\n    ".join(["0([input 0])", "1([input 1])", *edges, *ends])
+    text = [f"## {title}\n\n```mermaid\ngraph LR\n    {graph}\n```\n" for title, graph in graphs.items()]
     return "\n".join([f"# {genotype['method']}\n", *text])
 # ==== end ===================================================================================================
 
@@ -553,7 +529,7 @@ def parse_args(argv):
     add("--space", choices=("cell", "mobile"), help="search space")
     add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
     # ==== shared: arguments =================================================================================
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or a folder with train/<class>/*")
+    add("--data-dir", type=Path, default=Path("data"), help="with or for CIFAR-10, or with train/<class>/*")
     add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--channels", type=int, help="C, of the first cell")
     add("--cells", type=int, help="how many")
@@ -587,18 +563,15 @@ def parse_args(argv):
 
 # ==== the search ============================================================================================
 def search(args):
-    if args.space == "cell":
-        num_edges, num_ops = 2 * NUM_EDGES, len(PRIMITIVES)
-    else:
-        num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
+    num_edges, num_ops = ((2 * NUM_EDGES, len(PRIMITIVES)) if args.space == "cell" else
+                          (len(BACKBONES[args.backbone][0]), len(CANDIDATES)))
     distribution = MultinomialDistribution(num_edges, num_ops, args.epochs, args.alpha, seed=args.seed)
     # ==== shared: set up ====================================================================================
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, result = args.out / "checkpoint.pt", args.out / "genotype.json"
-    if result.exists():
-        raise ValueError(f"{args.out} holds a finished search: name another --out, or remove it")
-    if checkpoint.exists() and not args.resume:
-        raise ValueError(f"{args.out} holds an unfinished search: add --resume to go on, or name another --out")
+    if result.exists() or checkpoint.exists() and not args.resume:
+        raise ValueError(f"{args.out} holds " + ("a finished search: name another --out" if result.exists() else
+                         "an unfinished search: add --resume to go on with it, or name another --out"))
     start_ranks(args.device)
     pictures, labels, classes = open_pictures(args, train=True)
     train_half, judge_half = split_halves(pictures, labels, args)
@@ -613,13 +586,11 @@ def search(args):
     log = load_checkpoint(checkpoint, settings, parts, args.device) if checkpoint.exists() else []
     save_checkpoint(checkpoint, settings, parts, log)  # a folder that cannot be written ends the run here
     say(*(f"{name} {value}" for name, value in settings.items()), sep=", ")
-    say(f"{sum(w.numel() for w in network.parameters()):,} weights on {args.device}; {len(log)} epochs done, "
-        f"{distribution.total_epochs - len(log)} ahead; results go to {args.out}")
-    started, done_before = time.perf_counter(), len(log)
+    say(f"{len(log)} epochs done, {distribution.total_epochs - len(log)} ahead on {args.device}; results in {args.out}")
+    pictures_an_epoch = len(train_half) * args.batch_size + len(judge_half.index)
     # ==== end ===============================================================================================
 
     while not distribution.finished:
-        start = time.perf_counter()
         title = f"epoch {len(log) + 1:3}/{distribution.total_epochs}"
         sample = distribution.sample()
         train_half.epoch = len(log)
@@ -627,15 +598,13 @@ def search(args):
         accuracy = evaluate(network, judge_half, sample, title)
         distribution.record(sample, accuracy)
         schedule.step()
-        seconds = time.perf_counter() - start
+        seconds = train_half.seconds + judge_half.seconds
         log.append({"epoch": len(log) + 1, "sample": sample.tolist(), "loss": loss,
                     "accuracy": accuracy, "seconds": seconds})
         save_checkpoint(checkpoint, settings, parts, log)
-        seen = len(train_half) * args.batch_size + len(judge_half.index)
-        left = (time.perf_counter() - started) / (len(log) - done_before) * (distribution.total_epochs - len(log))
-        progress("")
-        say(f"{title}  loss {loss:.3f}  accuracy {accuracy:.2%}  {seen / seconds:.0f} pictures/s  "
-            f"{timedelta(seconds=round(left))} left")
+        ahead = (distribution.total_epochs - len(log)) * sum(row["seconds"] for row in log) / len(log)
+        say(f"{title}  loss {loss:.3f}  accuracy {accuracy:.2%}  {pictures_an_epoch / seconds:.0f} pictures/s  "
+            f"{timedelta(seconds=round(ahead))} left")
         if len(log) % 10 == 0 or distribution.finished:
             show(distribution.probabilities, args)
 
@@ -650,8 +619,8 @@ def search(args):
     progress("")
     for name, part in found.items():
         say(name, *(part if isinstance(part, list) else [part]), sep="\n    ")
-    say(f"accuracy in the supernet {accuracy:.2%}; what the architecture is worth shows when it is trained alone: "
-        f"{result}")
+    say(f"accuracy in the supernet {accuracy:.2%}; to train it alone: python retrain.py --genotype {result}"
+        + (f" --data-dir {args.data_dir}" if args.dataset != "synthetic" else ""))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

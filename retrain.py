@@ -12,7 +12,6 @@ The network holds the found architecture alone: its BatchNorms have weights and 
 stacked deeper and wider than in the supernet.
 """
 import argparse, functools, io, itertools, json, math, os, re, sys, time, zipfile
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -126,18 +125,12 @@ def check_genotype(genotype, origin):
     return {"space": space, **cells}
 
 # ==== shared: operations ====================================================================================
-# Search space 1, cells: an edge is one of 8 operations, each built from (channels, stride, BatchNorm).
-
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.Module):
-    def __init__(self, stride):
-        super().__init__()
-        self.stride = stride
-
+class Zero(nn.AvgPool2d):  # for its stride; the kernel is 1
     def forward(self, x):
-        return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+        return torch.zeros_like(super().forward(x))
 
 class FactorizedReduce(nn.Module):
     """Halve height and width by two 1x1 stride-2 convs, the second on the picture shifted by one pixel."""
@@ -151,20 +144,18 @@ class FactorizedReduce(nn.Module):
         x = F.relu(x)
         return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
 
-def relu_conv_bn(c_in, c_out, norm):
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
+def relu_conv_bn(c_in, c_out, norm, *depthwise):
+    return nn.Sequential(nn.ReLU(), *depthwise, nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
     padding = dilation * (kernel - 1) // 2
-    return nn.Sequential(
-        nn.ReLU(), nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False),
-        nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return relu_conv_bn(c, c, norm, nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm), depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {  # the average does not count the padding
-    "none": lambda c, stride, norm: Zero(stride),
+OPS = {  # search space 1: the candidates of an edge; the average does not count the padding
+    "none": lambda c, stride, norm: Zero(1, stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.AvgPool2d(3, stride, 1, False, False), norm(c)),
     "skip_connect": lambda c, stride, norm: nn.Identity() if stride == 1 else FactorizedReduce(c, c, norm),
@@ -175,8 +166,7 @@ OPS = {  # the average does not count the padding
 }
 PRIMITIVES = list(OPS)
 
-# Search space 2, MobileNet: a block is one of 9 pairs of kernel and expansion.
-CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
+CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]  # search space 2: of a block
 BACKBONES = {  # (output channels, stride) of every block, and the width of the head
     "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1), (256, 2),
              (256, 1), (256, 1), (256, 1), (432, 1)], 1728),
@@ -184,32 +174,24 @@ BACKBONES = {  # (output channels, stride) of every block, and the width of the 
              (104, 1), (104, 1), (104, 1), (104, 1), (216, 2), (216, 1), (216, 1), (216, 1), (360, 1)], 1432),
 }
 
-def conv_bn_relu6(c_in, c_out, kernel, stride, norm, groups=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-                         norm(c_out), nn.ReLU6())
+conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
 
-class MBConv(nn.Module):
+class MBConv(nn.Sequential):
     """Inverted residual block: 1x1 expand (not where the ratio is 1), depthwise, 1x1 project."""
     def __init__(self, c_in, c_out, stride, kernel, expansion, norm):
-        super().__init__()
         c = c_in * expansion
-        self.expand = conv_bn_relu6(c_in, c, 1, 1, norm) if expansion > 1 else nn.Identity()
-        self.depthwise = conv_bn_relu6(c, c, kernel, stride, norm, groups=c)
-        self.project = nn.Sequential(nn.Conv2d(c, c_out, 1, bias=False), norm(c_out))
+        expand = [conv_bn_relu6(c_in, c, 1, norm_layer=norm)] if expansion > 1 else []
+        super().__init__(*expand, conv_bn_relu6(c, c, kernel, stride, groups=c, norm_layer=norm),
+                         nn.Conv2d(c, c_out, 1, bias=False), norm(c_out))
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
-        out = self.project(self.depthwise(self.expand(x)))
+        out = super().forward(x)
         return x + out if self.residual else out
 # ==== end ===================================================================================================
 
 # ==== networks ==============================================================================================
 # Modules are registered in the order of the authors' networks, so that their weights fit by position.
-
-def drop_path(x, probability):
-    """Zero the whole output x (B, C, H, W) for some pictures, and rescale the rest to keep the mean."""
-    keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= probability
-    return x * (keep / (1 - probability)).to(x.dtype)
 
 class Cell(nn.Module):
     def __init__(self, nodes, c_prev_prev, c_prev, c, reduction, reduction_prev, norm):
@@ -221,13 +203,15 @@ class Cell(nn.Module):
                                    for node in nodes for name, source in node)
 
     def forward(self, s0, s1, drop):
-        """s0, s1: outputs of the last cell but one and of the last cell -> (B, 4 C, H, W). drop: see drop_path."""
+        """s0, s1: outputs of the last cell but one and of the last cell; drop: probability -> (B, 4 C, H, W)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, 2 * NUM_NODES, 2):
             pair = []
             for source, op in zip(self.sources[i:i + 2], self.edges[i:i + 2]):
                 out = op(states[source])
-                pair.append(out if drop is None or isinstance(op, nn.Identity) else drop_path(out, drop))
+                if not isinstance(op, nn.Identity):  # drop-path: zero the whole output for some pictures, and rescale
+                    out = torchvision.ops.stochastic_depth(out, drop, "row", self.training)
+                pair.append(out)
             states.append(pair[0] + pair[1])
         return torch.cat(states[2:], 1)
 
@@ -264,15 +248,14 @@ class CellNetwork(nn.Module):
                 c_auxiliary = c_prev
         self.auxiliary = auxiliary_head(c_auxiliary, num_classes, imagenet, norm) if auxiliary else None
         self.linear = nn.Linear(c_prev, num_classes)
-        # The probability of drop-path, where there is any: a tensor, since a compiled network takes no new number.
-        self.register_buffer("drop_path", None, persistent=False)
+        self.drop_path = 0.0  # probability, set anew every epoch
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); while training with an auxiliary head, its logits too."""
         s0 = self.stem0(images)
         s1 = self.stem1(s0)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path if self.training else None)
+            s0, s1 = s1, cell(s0, s1, self.drop_path)
             if i == 2 * len(self.cells) // 3 and self.training and self.auxiliary:
                 auxiliary_logits = self.auxiliary(s1)
         logits = self.linear(s1.mean((2, 3)))
@@ -285,7 +268,7 @@ def mobile_network(genotype, num_classes):
     chain = [MBConv(c_in, c_out, stride, *block, norm)
              for c_in, (c_out, stride), block in zip(channels, blocks, genotype["blocks"])]
     return nn.Sequential(  # the rate of the dropout before the last layer is not given: there is none
-        conv_bn_relu6(3, 40, 3, 2, norm), *chain, conv_bn_relu6(channels[-1], head, 1, 1, norm),
+        conv_bn_relu6(3, 40, 3, 2, norm_layer=norm), *chain, conv_bn_relu6(channels[-1], head, 1, norm_layer=norm),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(head, num_classes))
 
 def build_network(genotype, dataset="cifar10", num_classes=10, channels=None, cells=None, auxiliary=False):
@@ -318,10 +301,9 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and every other data set
 
 def make_gratings(count, size, seed):
-    """Draw made-up pictures -> images (count, size, size, 3) uint8, labels (count,), class names.
+    """Draw pictures of two gratings under noise -> images (count, size, size, 3) uint8, labels (count,), class names.
 
-    A picture is two gratings of random phase, frequency and colour under noise. Its class is the pair of their angles,
-    out of 5; a grating and its mirror image have the same angle, since pictures are flipped.
+    The class is the pair of their angles, out of 5. Mirror images have the same angle, since pictures are flipped.
     """
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                                   # (10, 2)
@@ -348,8 +330,8 @@ class Folder(torchvision.datasets.ImageFolder):
             raise ValueError(f"--data-dir: {folder} holds only one class, {self.classes[0]}: two or more are needed")
         self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
                                      v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
-        resize = size if size <= SMALL else size * 256 // 224
-        self.plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+        self.plain = v2.Compose([v2.Resize(size if size <= SMALL else size * 256 // 224), v2.CenterCrop(size),
+                                 v2.PILToTensor()])
 
     def __getitem__(self, key):
         path, label = self.samples[key[0]]
@@ -364,10 +346,9 @@ class Folder(torchvision.datasets.ImageFolder):
             return self.augmented(picture), label
 
 def open_pictures(args, train):
-    """Open the pictures for training, or those for the test -> pictures, labels (N,), class names.
+    """Open the pictures for training, or for the test -> pictures, labels (N,), class names. ValueError if damaged.
 
-    The pictures are a uint8 tensor (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where
-    S > SMALL. Raises ValueError where they are missing or damaged.
+    Pictures: uint8 (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where S > SMALL.
     """
     if args.dataset == "synthetic":
         images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
@@ -386,9 +367,7 @@ def open_pictures(args, train):
         labels, classes = torch.tensor(folder.targets), folder.classes
         if args.image_size > SMALL:
             return folder, labels, classes
-        with ThreadPoolExecutor() as pool:
-            plain = pool.map(folder.__getitem__, [(i, -1) for i in range(len(labels))])
-            images = torch.stack([image.permute(1, 2, 0) for image, _ in plain])
+        images = torch.stack([folder[i, -1][0].permute(1, 2, 0) for i in range(len(labels))])
     pad = args.image_size // 8  # 4 pixels for pictures of 32
     return F.pad(images.to(args.device), (0, 0, pad, pad, pad, pad)), labels.to(args.device), classes
 
@@ -417,21 +396,22 @@ class Batches:
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
         keys = keys.to("cpu" if self.loader else self.device)  # all at once, since this waits for the device
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        if self.loader is None:
-            for share in shares:
-                yield self.crop(*share.T)
-        else:
+        if self.loader:
             self.keys[:] = [share.tolist() for share in shares]
-            for images, labels in self.loader:
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield images, labels.to(self.device, non_blocking=True)
+        for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
+            if i < 2:  # the clock starts anew after the first batch, which warms up
+                torch.zeros(1, device=self.device).item()  # waits for the device
+                start = time.perf_counter()
+            yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+                   labels.to(self.device, non_blocking=True))
+        torch.zeros(1, device=self.device).item()
+        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # that a warm pass takes
 
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
-        size, pad = self.size, self.size // 8
-        shifts = 2 * pad + 1
+        size, shifts = self.size, 2 * (self.size // 8) + 1
         if not self.train:
-            seeds = torch.full_like(seeds, pad * shifts + pad)  # the centre, not flipped
+            seeds = torch.full_like(seeds, shifts**2 // 2)  # the centre, not flipped
         top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
         along = torch.arange(size, device=self.device)
         rows = top[:, None] + along                                                         # (B, S)
@@ -442,8 +422,7 @@ class Batches:
     def normalise(self, images):
         return (images - self.mean) / self.std
 
-# torchrun starts a process per device, and tells each its place. Without it there is one.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun: one per device
 
 def say(*text, **options):
     if RANK == 0:
@@ -451,7 +430,7 @@ def say(*text, **options):
 
 def progress(text):
     if sys.stdout.isatty():  # a line that rewrites itself; nothing in a file
-        say(f"\r{text}\033[K", end="")
+        say(f"{text}\033[K", end="\r")
 
 def start_ranks(device):
     if device == "cuda":
@@ -469,11 +448,9 @@ def step(network, optimizer, loss, clip):
     """One step down the gradient averaged over the ranks. What has no gradient keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    if WORLD_SIZE > 1:  # every rank trained the same path, so that the same weights have a gradient
-        grads = [weight.grad for weight in network.parameters() if weight.grad is not None]
-        total = sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
-        for grad, mean in zip(grads, (total / WORLD_SIZE).split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))
+    for weight in network.parameters():
+        if WORLD_SIZE > 1 and weight.grad is not None:  # the same weights on every rank, since all train the same path
+            sum_over_ranks(weight.grad).div_(WORLD_SIZE)
     nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
 
@@ -639,9 +616,6 @@ def train(args):
     auxiliary = args.recipe["auxiliary"] and args.image_size >= (224 if args.dataset == "imagenet" else 32)
     network = build_network(args.genotype, args.dataset, len(classes), args.channels, args.cells, auxiliary)
     network.to(args.device, memory_format=torch.channels_last)
-    drops = args.space == "cell" and args.recipe["drop_path"]
-    if drops:
-        network.drop_path = torch.zeros((), device=args.device)
     norms = {w for module in network.modules() if isinstance(module, nn.BatchNorm2d) for w in module.parameters()}
     groups = [{"params": [w for w in network.parameters() if (w in norms) == chosen]} for chosen in (False, True)]
     groups[1]["weight_decay"] = args.recipe["norm_decay"]
@@ -654,31 +628,27 @@ def train(args):
     log = load_checkpoint(last, settings, parts, args.device) if last.exists() else []
     save_checkpoint(last, settings, parts, log)  # a folder that cannot be written ends the run here
     say(*(f"{name} {value}" for name, value in settings.items() if name != "genotype"), sep=", ")
-    parameters, started, done_before = count_parameters(network), time.perf_counter(), len(log)
+    parameters = count_parameters(network)
     say(f"{args.origin}: {parameters:,} parameters on {args.device}{'' if auxiliary else ', no auxiliary head'}; "
         f"{len(log)} epochs done, {args.epochs - len(log)} ahead; results go to {args.out}")
 
     while len(log) < args.epochs:
-        start, epoch = time.perf_counter(), len(log)
-        title = f"epoch {epoch + 1:3}/{args.epochs}"
+        epoch, title = len(log), f"epoch {len(log) + 1:3}/{args.epochs}"
         torch.manual_seed(1_000_003 * args.seed + WORLD_SIZE * epoch + RANK)  # of drop-path, cutout and AutoAugment
         batches.epoch = epoch
-        if drops:
-            network.drop_path.fill_(drops * epoch / args.epochs)
+        network.drop_path = args.recipe["drop_path"] * epoch / args.epochs
         loss = train_epoch(network, optimizer, batches, args, title)
         top1, top5 = evaluate(network, test_batches, title)
         schedule.step()
-        seconds = time.perf_counter() - start
+        seconds, seen = batches.seconds + test_batches.seconds, len(batches) * args.batch_size + len(test_labels)
         log.append({"epoch": epoch + 1, "loss": loss, "top1_error": top1, "top5_error": top5, "seconds": seconds})
         best = min(log, key=lambda row: row["top1_error"])
         if best is log[-1]:
             save_checkpoint(args.out / "best.pt", settings, {"network": network}, log)
         save_checkpoint(last, settings, parts, log)
-        seen = len(batches) * args.batch_size + len(test_labels)
-        left = (time.perf_counter() - started) / (len(log) - done_before) * (args.epochs - len(log))
-        progress("")
+        ahead = (args.epochs - len(log)) * sum(row["seconds"] for row in log) / len(log)
         say(f"{title}  loss {loss:.3f}  top-1 error {top1:.2%}  top-5 error {top5:.2%}  {seen / seconds:.0f} pictures/s  "
-            f"{timedelta(seconds=round(left))} left")
+            f"{timedelta(seconds=round(ahead))} left")
 
     best = min(log, key=lambda row: row["top1_error"])
     say(f"top-1 error {log[-1]['top1_error']:.2%}, top-5 error {log[-1]['top5_error']:.2%} (best.pt: "
@@ -691,7 +661,7 @@ def parse_args(argv):
     add("--genotype", default="runs/ddp_nas/genotype.json", help="of a search; or a published NAME, or random:SEED[:gpu|:cpu]")
     add("--dataset", choices=DEFAULTS, help="by default the one that the architecture was made for")
     # ==== shared: arguments =================================================================================
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or a folder with train/<class>/*")
+    add("--data-dir", type=Path, default=Path("data"), help="with or for CIFAR-10, or with train/<class>/*")
     add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
     add("--channels", type=int, help="C, of the first cell")
     add("--cells", type=int, help="how many")
