@@ -42,7 +42,7 @@ MOMENTUM = 0.9
 # ==== the architecture ======================================================================================
 SHORT = {"max": "max_pool_3x3", "avg": "avg_pool_3x3", "skip": "skip_connect", "sep3": "sep_conv_3x3",
          "sep5": "sep_conv_5x5", "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5"}
-PUBLISHED_CELLS = {  # normal, then reduction: two operations a node, each with its source; 0 and 1 are the cell's inputs
+PUBLISHED_CELLS = {  # normal, then reduction: two operations a node, each with its source; 0 and 1: the inputs
     "MDENAS": "sep5 1 sep3 0, skip 0 sep5 1, sep5 3 sep3 1, dil5 3 max 4; "
               "max 0 sep5 1, skip 0 skip 1, sep3 3 skip 2, dil3 3 sep5 0",
     "DDPNAS_IMAGENET": "sep5 1 max 0, dil3 0 sep3 1, sep3 0 max 3, dil3 2 avg 0; "
@@ -88,8 +88,8 @@ def load_genotype(text):
     if kind == "random" and rest and rest[0].isdecimal() and rest[1:] in ([], ["gpu"], ["cpu"]):
         return random_genotype(int(rest[0]), *rest[1:])
     if not Path(text).is_file():
-        raise ValueError(f"--genotype {text}: no such file. Run `python ddp_nas.py` first, or name the genotype.json of "
-                         f"another search, random:SEED, random:SEED:gpu or :cpu, or one of {', '.join(names)}")
+        raise ValueError(f"--genotype {text}: no such file: run `python ddp_nas.py` first, or name the genotype.json "
+                         f"of another search, random:SEED, random:SEED:gpu or :cpu, or one of {', '.join(names)}")
     try:
         return json.loads(Path(text).read_text())
     except (ValueError, RecursionError) as error:
@@ -282,6 +282,17 @@ def build_network(genotype, dataset="cifar10", num_classes=10, channels=None, ce
     return CellNetwork(genotype, channels or size["channels"], cells or size["cells"], num_classes,
                        dataset == "imagenet", auxiliary)
 
+def read_weights(path):
+    """A checkpoint of ours, or a file released by the authors -> state dict, settings ({} for the authors')."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights, settings = (state["network"], state["settings"]) if "network" in state else (state["state_dict"], {})
+        return dict(weights), dict(settings)
+    except FileNotFoundError:
+        raise ValueError(f"--evaluate {path}: no such file") from None
+    except Exception:  # torch.load has many ways to fail
+        raise ValueError(f"--evaluate {path}: the file is damaged, or holds no weights") from None
+
 def load_weights(network, weights, path):
     """Load a state dict by position: ours, or the authors', whose names differ but for the last part.
 
@@ -292,7 +303,7 @@ def load_weights(network, weights, path):
     for (name, tensor), (other, value) in pairs:
         shape, other_shape = (tuple(t.shape) if isinstance(t, torch.Tensor) else "" for t in (tensor, value))
         if name.split(".")[-1] != str(other).split(".")[-1] or shape != other_shape:
-            raise ValueError(f"{path} does not fit the network: {other} {other_shape} is in the place of {name} {shape}")
+            raise ValueError(f"{path} does not fit the network: it has {other} {other_shape} for {name} {shape}")
     network.load_state_dict(dict(zip(ours, weights.values())))
 
 # ==== shared: data ==========================================================================================
@@ -494,40 +505,37 @@ def load_checkpoint(path, settings, parts, device):
 
 # ==== training and test =====================================================================================
 def cutout(images, length):
-    """Set a square of length pixels to 0 in each of images (B, 3, S, S), anywhere, so that it may hang over the edge."""
-    size, device = images.shape[-1], images.device
-    y, x = torch.randint(size, (2, len(images), 1), device=device)                       # (B, 1) each, the centres
-    along = torch.arange(size, device=device)                                            # (S,)
+    """Set a square of length pixels to 0 in each of images (B, 3, S, S); it may hang over the edge."""
+    along = torch.arange(images.shape[-1], device=images.device)                         # (S,)
+    y, x = torch.randint(len(along), (2, len(images), 1), device=images.device)          # (B, 1) each, the centres
     rows, columns = ((along >= c - length // 2) & (along < c + length // 2) for c in (y, x))  # (B, S)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 def train_epoch(network, optimizer, batches, args, title):
     """One pass over the batches -> mean loss, the auxiliary one included. Raises ValueError if it is not finite."""
     network.train()
-    forward = torch.compile(network) if args.compile else network
     auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    total, recipe = 0, args.recipe
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.recipe["smoothing"])
+    total = 0
     for i, (images, labels) in enumerate(batches):
         progress(f"{title}  training, batch {i + 1} of {len(batches)}")
         if args.large:
             images = torch.stack([auto_augment(image) for image in images])
-        images = batches.normalise(images)
-        if recipe["cutout"]:
-            images = cutout(images, round(recipe["cutout"] * args.image_size))
+        images = cutout(batches.normalise(images), round(args.recipe["cutout"] * args.image_size))
         with torch.autocast(batches.device, torch.bfloat16, enabled=batches.device == "cuda"):
-            outputs = forward(images)
+            outputs = network(images)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe["smoothing"])
+            loss = criterion(logits, labels)
             for auxiliary_logits in auxiliary:
-                loss = loss + recipe["auxiliary"] * F.cross_entropy(auxiliary_logits, labels, label_smoothing=recipe["smoothing"])
-        step(network, optimizer, loss, recipe["clip"])
+                loss = loss + args.recipe["auxiliary"] * criterion(auxiliary_logits, labels)
+        step(network, optimizer, loss, args.recipe["clip"])
         total = total + loss.detach()  # stays on the device: reading it would wait for the step
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
     if not math.isfinite(mean + nn.utils.get_total_norm(network.parameters()).item()):
-        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}). The last checkpoint is that of the epoch "
-                         "before. Start again with a smaller --lr")
-    for buffer in network.buffers():  # every rank has normalised its own share of the pictures
-        if WORLD_SIZE > 1 and buffer.is_floating_point():
+        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}): start again with a smaller --lr; "
+                         "the last checkpoint is that of the epoch before")
+    for buffer in network.buffers():
+        if WORLD_SIZE > 1 and buffer.is_floating_point():  # running statistics of each rank's share
             sum_over_ranks(buffer).div_(WORLD_SIZE)
     return mean
 
@@ -548,51 +556,37 @@ def count_parameters(network):
     """Weights of the network that is used in the end, without the auxiliary head."""
     return sum(w.numel() for name, w in network.named_parameters() if not name.startswith("auxiliary."))
 
+def open_network(args, num_classes, auxiliary):
+    network = build_network(args.genotype, args.dataset, num_classes, args.channels, args.cells, auxiliary)
+    return network.to(args.device, memory_format=torch.channels_last)
+
 def summarise(args):
-    """Print parameters, multiply-adds and latency."""
-    classes = 1000 if args.dataset == "imagenet" else 10
-    if args.dataset == "imagefolder":
-        classes = len(Folder(args.data_dir / "train", args.image_size).classes)
-    network = build_network(args.genotype, args.dataset, classes, args.channels, args.cells)
-    network.to(args.device, memory_format=torch.channels_last).eval()
+    """--summary: print parameters, multiply-adds and latency."""
+    num_classes = (len(Folder(args.data_dir / "train", args.image_size).classes) if args.dataset == "imagefolder" else
+                   1000 if args.dataset == "imagenet" else 10)
+    network, cuda, times = open_network(args, num_classes, False).eval(), args.device == "cuda", []
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-    images, cuda, times = images.contiguous(memory_format=torch.channels_last), args.device == "cuda", []
+    images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=cuda):
         with FlopCounterMode(display=False) as counter:
             network(images[:1])
         for _ in range(120):
             start = time.perf_counter()
-            network(images)
-            if cuda:
-                torch.cuda.synchronize()
+            network(images)[0, 0].item()  # waits for the device
             times.append(time.perf_counter() - start)
-    say(f"{args.origin} on {args.dataset}, {classes} classes, {args.image_size} x {args.image_size} pixels: "
+    say(f"{args.origin} on {args.dataset}, {num_classes} classes, {args.image_size} x {args.image_size} pixels: "
         f"{count_parameters(network):,} parameters, {counter.get_total_flops() / 2e6:,.1f} M multiply-adds, latency "
-        f"{1000 * np.median(times[20:]):.2f} ms (median of 100 forward passes, batch {len(images)}, "
+        f"{1000 * np.median(times[20:]):.2f} ms (median of 100 forward passes, batch {args.batch_size}, "
         f"{torch.cuda.get_device_name() if cuda else 'cpu'}, {'bfloat16' if cuda else 'float32'})")
-
-def read_weights(path):
-    """A checkpoint of ours, or a file released by the authors -> state dict, settings ({} for the authors')."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, settings = (state["network"], state["settings"]) if "network" in state else (state["state_dict"], {})
-        return dict(weights), dict(settings)
-    except FileNotFoundError:
-        raise ValueError(f"--evaluate {path}: no such file") from None
-    except Exception:  # torch.load has many ways to fail
-        raise ValueError(f"--evaluate {path}: the file is damaged, or holds no weights") from None
 
 def test(args):
     """--evaluate: print the errors of the weights in a file on the test pictures."""
     start_ranks(args.device)
     pictures, labels, classes = open_pictures(args, train=False)
-    auxiliary = any("aux" in name for name in args.weights)
-    network = build_network(args.genotype, args.dataset, len(classes), args.channels, args.cells, auxiliary)
+    network = open_network(args, len(classes), any("aux" in name for name in args.weights))
     load_weights(network, args.weights, args.evaluate)
-    network.to(args.device, memory_format=torch.channels_last)
     batches = Batches(pictures, labels, torch.arange(len(labels)), args.batch_size, False, args)
     top1, top5 = evaluate(network, batches, str(args.evaluate))
-    progress("")
     say(f"{args.evaluate}: top-1 error {top1:.2%}, top-5 error {top5:.2%} of {len(labels)} pictures, "
         f"{count_parameters(network):,} parameters")
 
@@ -605,8 +599,8 @@ def train(args):
     pictures, labels, classes = open_pictures(args, train=True)
     test_pictures, test_labels, test_classes = open_pictures(args, train=False)
     if classes != test_classes:
-        only = ", ".join(sorted({*classes} ^ {*test_classes}))
-        raise ValueError(f"--data-dir: the classes in {args.data_dir}/train and val differ: {only} in only one of them")
+        raise ValueError(f"--data-dir: the classes in {args.data_dir}/train and val differ: only one of them has "
+                         + ", ".join(sorted({*classes} ^ {*test_classes})))
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(labels)} training pictures")
     batches = Batches(pictures, labels, torch.arange(len(labels)), args.batch_size, True, args)
@@ -614,40 +608,41 @@ def train(args):
     torch.manual_seed(args.seed)
     # The auxiliary head needs a map of 7 or 8 pixels: on smaller pictures there is none.
     auxiliary = args.recipe["auxiliary"] and args.image_size >= (224 if args.dataset == "imagenet" else 32)
-    network = build_network(args.genotype, args.dataset, len(classes), args.channels, args.cells, auxiliary)
-    network.to(args.device, memory_format=torch.channels_last)
+    network = open_network(args, len(classes), auxiliary)
     norms = {w for module in network.modules() if isinstance(module, nn.BatchNorm2d) for w in module.parameters()}
-    groups = [{"params": [w for w in network.parameters() if (w in norms) == chosen]} for chosen in (False, True)]
-    groups[1]["weight_decay"] = args.recipe["norm_decay"]
+    groups = [{"params": [w for w in network.parameters() if w not in norms]},
+              {"params": [w for w in network.parameters() if w in norms], "weight_decay": args.recipe["norm_decay"]}]
     optimizer = torch.optim.SGD(groups, args.lr, MOMENTUM, weight_decay=args.recipe["weight_decay"])
-    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.recipe["decay"] == "cosine" else
-                torch.optim.lr_scheduler.ExponentialLR(optimizer, args.recipe["decay"]))
+    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.recipe["decay"] == "cosine"
+                else torch.optim.lr_scheduler.ExponentialLR(optimizer, args.recipe["decay"]))
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    may_change = ("origin", "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "weights")
+    may_change = "origin weights data_dir device workers out resume compile summary evaluate".split()
     settings = {k: v for k, v in vars(args).items() if k not in may_change} | {"pictures": len(labels)}
     log = load_checkpoint(last, settings, parts, args.device) if last.exists() else []
     save_checkpoint(last, settings, parts, log)  # a folder that cannot be written ends the run here
     say(*(f"{name} {value}" for name, value in settings.items() if name != "genotype"), sep=", ")
     parameters = count_parameters(network)
-    say(f"{args.origin}: {parameters:,} parameters on {args.device}{'' if auxiliary else ', no auxiliary head'}; "
-        f"{len(log)} epochs done, {args.epochs - len(log)} ahead; results go to {args.out}")
+    say(f"{args.origin}: {parameters:,} parameters{'' if auxiliary else ', no auxiliary head'}; {len(log)} epochs "
+        f"done, {args.epochs - len(log)} ahead on {args.device}; results in {args.out}")
+    if args.compile:
+        network.compile()
 
     while len(log) < args.epochs:
         epoch, title = len(log), f"epoch {len(log) + 1:3}/{args.epochs}"
         torch.manual_seed(1_000_003 * args.seed + WORLD_SIZE * epoch + RANK)  # of drop-path, cutout and AutoAugment
-        batches.epoch = epoch
-        network.drop_path = args.recipe["drop_path"] * epoch / args.epochs
+        batches.epoch, network.drop_path = epoch, args.recipe["drop_path"] * epoch / args.epochs
         loss = train_epoch(network, optimizer, batches, args, title)
         top1, top5 = evaluate(network, test_batches, title)
         schedule.step()
-        seconds, seen = batches.seconds + test_batches.seconds, len(batches) * args.batch_size + len(test_labels)
+        seconds = batches.seconds + test_batches.seconds
         log.append({"epoch": epoch + 1, "loss": loss, "top1_error": top1, "top5_error": top5, "seconds": seconds})
         best = min(log, key=lambda row: row["top1_error"])
         if best is log[-1]:
             save_checkpoint(args.out / "best.pt", settings, {"network": network}, log)
         save_checkpoint(last, settings, parts, log)
         ahead = (args.epochs - len(log)) * sum(row["seconds"] for row in log) / len(log)
-        say(f"{title}  loss {loss:.3f}  top-1 error {top1:.2%}  top-5 error {top5:.2%}  {seen / seconds:.0f} pictures/s  "
+        say(f"{title}  loss {loss:.3f}  top-1 error {top1:.2%}  top-5 error {top5:.2%}  "
+            f"{(len(batches) * args.batch_size + len(test_labels)) / seconds:.0f} pictures/s  "
             f"{timedelta(seconds=round(ahead))} left")
 
     best = min(log, key=lambda row: row["top1_error"])
@@ -658,8 +653,8 @@ def train(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--genotype", default="runs/ddp_nas/genotype.json", help="of a search; or a published NAME, or random:SEED[:gpu|:cpu]")
-    add("--dataset", choices=DEFAULTS, help="by default the one that the architecture was made for")
+    add("--genotype", default="runs/ddp_nas/genotype.json", help="of a search, a published name, or random:SEED")
+    add("--dataset", choices=DEFAULTS, help="by default that of the genotype")
     # ==== shared: arguments =================================================================================
     add("--data-dir", type=Path, default=Path("data"), help="with or for CIFAR-10, or with train/<class>/*")
     add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
@@ -675,8 +670,8 @@ def parse_args(argv):
     # ==== end ===============================================================================================
     add("--epochs", type=int, help="of training")
     add("--large", action="store_true", help="44 channels, 1,800 epochs and AutoAugment")
-    add("--compile", action="store_true", help="train with torch.compile")
-    add("--summary", action="store_true", help="print parameters, multiply-adds and latency (of one picture, or --batch-size)")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--summary", action="store_true", help="print parameters, multiply-adds and latency")
     add("--evaluate", type=Path, metavar="FILE", help="test a checkpoint, of ours or of the authors")
     args = parser.parse_args(argv)
     args.origin, args.weights = args.genotype, None
@@ -689,21 +684,22 @@ def parse_args(argv):
     args.genotype = check_genotype(genotype, args.origin)
     args.space, made_with = args.genotype["space"], genotype.get("settings")
     if args.dataset is None:
-        dataset = made_with.get("dataset") if isinstance(made_with, dict) else None
-        args.dataset = dataset if dataset in [*DEFAULTS] else "synthetic"
+        made_with = made_with if isinstance(made_with, dict) else {}
+        args.dataset = made_with["dataset"] if made_with.get("dataset") in [*DEFAULTS] else "synthetic"
+        if args.image_size is None and type(made_with.get("image_size")) is int:
+            args.image_size = made_with["image_size"]
     if args.space == "mobile" and (args.channels or args.cells or args.large):
         parser.error("--channels, --cells and --large are for cells, and this architecture is a chain of blocks")
     if args.dataset == "imagenet" and args.large:
         parser.error("--large is for small pictures, not for --dataset imagenet")
-    recipe = {**RECIPES.get((args.dataset, args.space), CIFAR10)}
+    args.recipe = RECIPES.get((args.dataset, args.space), CIFAR10)
     if args.summary and args.batch_size is None:
         args.batch_size = 1
     if args.lr is None and args.batch_size and args.space == "mobile":
-        args.lr = recipe["lr"] * args.batch_size / recipe["batch_size"]
-    for name, value in {**recipe, **(LARGE if args.large else {})}.items():
-        if name in vars(args) and getattr(args, name) is None:
+        args.lr = args.recipe["lr"] * args.batch_size / args.recipe["batch_size"]
+    for name, value in {**args.recipe, **(LARGE if args.large else {})}.items():
+        if vars(args).get(name, 0) is None:
             setattr(args, name, value)
-    args.recipe = recipe
     # ==== shared: defaults and checks =======================================================================
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
@@ -723,8 +719,8 @@ def parse_args(argv):
     # ==== end ===============================================================================================
     if args.space == "mobile":
         args.channels = args.cells = None
-    if args.dataset == "imagenet" and args.space == "cell" and args.image_size % 32:
-        parser.error(f"--image-size {args.image_size} is not a multiple of 32: stems and reduction cells halve it five times")
+    elif args.dataset == "imagenet" and args.image_size % 32:
+        parser.error(f"--image-size {args.image_size} is not a multiple of 32: stems and cells halve it five times")
     return args
 
 def main(argv=None):
