@@ -363,10 +363,9 @@ class Batches:
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
-        keys = keys.to("cpu" if self.loader else self.device)  # all at once, since this waits for the device
+        keys = keys.to("cpu" if self.loader is not None else self.device)  # at once, since it waits for the device
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        if self.loader:
-            self.keys[:] = [share.tolist() for share in shares]
+        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []
         for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
             if i < 2:  # the clock starts anew after the first batch, which warms up
                 torch.zeros(1, device=self.device).item()  # waits for the device
@@ -555,9 +554,10 @@ def parse_args(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1 if type(value) is int else 1e-9)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: it is {least} at least")
+        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1)
+        if type(value) is int and value < least or type(value) is float and not 0 < value < math.inf:
+            allowed = "a number above 0" if type(value) is float else f"{least} or more"
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be {allowed}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here, use --device cpu")
     if args.dataset == "cifar10" and args.image_size != 32:

@@ -193,6 +193,11 @@ class MBConv(nn.Sequential):
 # ==== networks ==============================================================================================
 # Modules are registered in the order of the authors' networks, so that their weights fit by position.
 
+def drop_path(x, probability):
+    """Zero the whole output x (B, C, H, W) for some pictures, and rescale the others to keep the mean."""
+    keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= probability
+    return x * (keep / (1 - probability)).to(x.dtype)
+
 class Cell(nn.Module):
     def __init__(self, nodes, c_prev_prev, c_prev, c, reduction, reduction_prev, norm):
         super().__init__()
@@ -203,15 +208,13 @@ class Cell(nn.Module):
                                    for node in nodes for name, source in node)
 
     def forward(self, s0, s1, drop):
-        """s0, s1: outputs of the last cell but one and of the last cell; drop: probability -> (B, 4 C, H, W)."""
+        """s0, s1: outputs of the last cell but one and of the last cell; drop: see drop_path -> (B, 4 C, H, W)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, 2 * NUM_NODES, 2):
             pair = []
             for source, op in zip(self.sources[i:i + 2], self.edges[i:i + 2]):
                 out = op(states[source])
-                if not isinstance(op, nn.Identity):  # drop-path: zero the whole output for some pictures, and rescale
-                    out = torchvision.ops.stochastic_depth(out, drop, "row", self.training)
-                pair.append(out)
+                pair.append(out if drop is None or isinstance(op, nn.Identity) else drop_path(out, drop))
             states.append(pair[0] + pair[1])
         return torch.cat(states[2:], 1)
 
@@ -248,14 +251,14 @@ class CellNetwork(nn.Module):
                 c_auxiliary = c_prev
         self.auxiliary = auxiliary_head(c_auxiliary, num_classes, imagenet, norm) if auxiliary else None
         self.linear = nn.Linear(c_prev, num_classes)
-        self.drop_path = 0.0  # probability, set anew every epoch
+        self.drop_path = None  # or the probability, as a tensor: a new number would make torch.compile start again
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); while training with an auxiliary head, its logits too."""
         s0 = self.stem0(images)
         s1 = self.stem1(s0)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path)
+            s0, s1 = s1, cell(s0, s1, self.drop_path if self.training else None)
             if i == 2 * len(self.cells) // 3 and self.training and self.auxiliary:
                 auxiliary_logits = self.auxiliary(s1)
         logits = self.linear(s1.mean((2, 3)))
@@ -283,15 +286,17 @@ def build_network(genotype, dataset="cifar10", num_classes=10, channels=None, ce
                        dataset == "imagenet", auxiliary)
 
 def read_weights(path):
-    """A checkpoint of ours, or a file released by the authors -> state dict, settings ({} for the authors')."""
+    """A checkpoint of ours, or a file released by the authors -> state dict, settings ({} for theirs)."""
+    known = ("genotype", "dataset", "image_size", "channels", "cells", "seed")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, settings = (state["network"], state["settings"]) if "network" in state else (state["state_dict"], {})
-        return dict(weights), dict(settings)
+        if "network" in state:
+            return state["network"], {name: state["settings"][name] for name in known}
+        return dict(state["state_dict"]), {}
     except FileNotFoundError:
         raise ValueError(f"--evaluate {path}: no such file") from None
     except Exception:  # torch.load has many ways to fail
-        raise ValueError(f"--evaluate {path}: the file is damaged, or holds no weights") from None
+        raise ValueError(f"--evaluate {path}: the file is damaged, or holds no trained network") from None
 
 def load_weights(network, weights, path):
     """Load a state dict by position: ours, or the authors', whose names differ but for the last part.
@@ -405,10 +410,9 @@ class Batches:
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
-        keys = keys.to("cpu" if self.loader else self.device)  # all at once, since this waits for the device
+        keys = keys.to("cpu" if self.loader is not None else self.device)  # at once, since it waits for the device
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        if self.loader:
-            self.keys[:] = [share.tolist() for share in shares]
+        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []
         for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
             if i < 2:  # the clock starts anew after the first batch, which warms up
                 torch.zeros(1, device=self.device).item()  # waits for the device
@@ -624,13 +628,18 @@ def train(args):
     parameters = count_parameters(network)
     say(f"{args.origin}: {parameters:,} parameters{'' if auxiliary else ', no auxiliary head'}; {len(log)} epochs "
         f"done, {args.epochs - len(log)} ahead on {args.device}; results in {args.out}")
+    drop = args.recipe["drop_path"] if args.space == "cell" else 0
+    if drop:
+        network.drop_path = torch.zeros((), device=args.device)
     if args.compile:
         network.compile()
 
     while len(log) < args.epochs:
         epoch, title = len(log), f"epoch {len(log) + 1:3}/{args.epochs}"
         torch.manual_seed(1_000_003 * args.seed + WORLD_SIZE * epoch + RANK)  # of drop-path, cutout and AutoAugment
-        batches.epoch, network.drop_path = epoch, args.recipe["drop_path"] * epoch / args.epochs
+        batches.epoch = epoch
+        if drop:
+            network.drop_path.fill_(drop * epoch / args.epochs)
         loss = train_epoch(network, optimizer, batches, args, title)
         top1, top5 = evaluate(network, test_batches, title)
         schedule.step()
@@ -677,8 +686,7 @@ def parse_args(argv):
     args.origin, args.weights = args.genotype, None
     if args.evaluate:  # a checkpoint of ours says itself what network it holds
         weights, settings = read_weights(args.evaluate)
-        known = ("genotype", "dataset", "image_size", "channels", "cells", "seed")
-        parser.set_defaults(origin=args.evaluate, weights=weights, **{k: settings[k] for k in known if k in settings})
+        parser.set_defaults(origin=args.evaluate, weights=weights, **settings)
         args = parser.parse_args(argv)
     genotype = load_genotype(args.genotype) if isinstance(args.genotype, str) else args.genotype
     args.genotype = check_genotype(genotype, args.origin)
@@ -705,9 +713,10 @@ def parse_args(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1 if type(value) is int else 1e-9)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: it is {least} at least")
+        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1)
+        if type(value) is int and value < least or type(value) is float and not 0 < value < math.inf:
+            allowed = "a number above 0" if type(value) is float else f"{least} or more"
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be {allowed}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here, use --device cpu")
     if args.dataset == "cifar10" and args.image_size != 32:
