@@ -359,7 +359,7 @@ class Batches:
         return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        start, g = time.perf_counter(), torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation

@@ -289,7 +289,8 @@ def read_weights(path):
     """A checkpoint of ours, or a file released by the authors -> state dict, settings ({} for theirs)."""
     known = ("genotype", "dataset", "image_size", "channels", "cells", "seed")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # older files are no zip archives
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
         if "network" in state:
             return state["network"], {name: state["settings"][name] for name in known}
         return dict(state["state_dict"]), {}
@@ -406,7 +407,7 @@ class Batches:
         return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        start, g = time.perf_counter(), torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
         keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
