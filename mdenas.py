@@ -26,13 +26,12 @@ DEFAULTS = {  # per data set, what the command line leaves open; cifar10 has the
     "imagenet": dict(space="mobile", channels=16, cells=6, image_size=224, batch_size=512, lr=0.025),
 }
 LR_MIN = 0.0    # where the cosine ends
-MOMENTUM = 0.9
-WEIGHT_DECAY = 3e-4
+MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
 CLIP = 5.0      # the largest norm of a step's gradient
 
 # ==== the distribution ======================================================================================
 class MultinomialDistribution:
-    """E independent categorical distributions over K operations that learn by comparing operations. [MDE]
+    """E independent categorical distributions over K operations that learn by comparing operations.
 
     probabilities (E, K): 1 / K at the start; rows sum to 1.
     epochs_seen (E, K) int: in how many epochs each operation was sampled.
@@ -106,7 +105,7 @@ class MultinomialDistribution:
         if state.keys() != vars(self).keys() or np.shape(state["accuracies"]) != self.accuracies.shape:
             raise ValueError("this is the state of another method, or of other edges, operations or passes")
         self.rng.bit_generator.state = state["rng"]
-        arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in state.items()}
+        arrays = {name: np.array(value) if isinstance(value, list) else value for name, value in state.items()}
         vars(self).update(arrays, rng=self.rng)
     # ==== end ===============================================================================================
 
@@ -114,7 +113,7 @@ class MultinomialDistribution:
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.AvgPool2d):  # for its stride; the kernel is 1
+class Zero(nn.AvgPool2d):  # with a kernel of 1, a pool that only applies the stride
     def forward(self, x):
         return torch.zeros_like(super().forward(x))
 
@@ -196,8 +195,8 @@ class SupernetCell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         path = iter([ops[choice] for ops, choice in zip(self.edges, sample)])
         for _ in range(NUM_NODES):
-            first, *others = [next(path)(state) for state in states]
-            states.append(sum(others, first))
+            values = [next(path)(state) for state in states]
+            states.append(sum(values[1:], values[0]))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
@@ -250,7 +249,7 @@ def derive_cells(strength):
     cells = {"normal": [], "reduce": []}
     for nodes, rows in zip(cells.values(), strength.reshape(2, NUM_EDGES, len(PRIMITIVES))):
         for edges in np.split(rows[:, 1:], [2, 5, 9]):  # (2 + i, 7), those of node i without `none`
-            strongest = sorted(edges.max(1).argsort()[-2:].tolist())
+            strongest = sorted(edges.max(1).argsort(kind="stable")[-2:].tolist())
             nodes.append([[PRIMITIVES[1 + edges[source].argmax()], source] for source in strongest])
     return cells
 # ==== end ===================================================================================================
@@ -297,7 +296,7 @@ class Folder(torchvision.datasets.ImageFolder):
         path, label = self.samples[key[0]]
         try:
             picture = self.loader(path)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # damage has many names
             raise ValueError(f"{path} cannot be read as a picture: replace or remove it ({error})") from None
         if key[1] < 0:
             return self.plain(picture), label
@@ -313,14 +312,14 @@ def open_pictures(args, train):
     if args.dataset == "synthetic":
         images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
     elif args.dataset == "cifar10":
-        try:
-            for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
+        for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
+            try:
                 if turn == RANK:
                     found = torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
-                sum_over_ranks(torch.zeros(1, device=args.device))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir} and cannot be downloaded "
-                             f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, cannot be downloaded "
+                                 f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
+            sum_over_ranks(torch.zeros(1, device=args.device)).item()
         images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
     else:
         folder = Folder(args.data_dir / ("train" if train else "val"), args.image_size)
@@ -350,21 +349,21 @@ class Batches:
         return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
 
     def __iter__(self):
-        start, g = time.perf_counter(), torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        start, g = time.perf_counter(), torch.Generator().manual_seed((1_000_003 * self.seed + self.epoch) % 2**63)
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
-        keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
-        keys = keys.to("cpu" if self.loader is not None else self.device)  # at once, since it waits for the device
+        # (N, 2): a picture, and the seed of its augmentation; moved to the device at once, since that waits for it
+        keys = torch.stack([self.index[order], seeds], 1).to(self.device if self.loader is None else "cpu")
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []
-        for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
+        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []  # what the loader reads
+        for i, (images, labels) in enumerate((self.crop(*s.T) for s in shares) if self.loader is None else self.loader):
             if i < 2:  # the clock starts anew after the first batch, which warms up
                 torch.zeros(1, device=self.device).item()  # waits for the device
                 start = time.perf_counter()
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
         torch.zeros(1, device=self.device).item()
-        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # that a warm pass takes
+        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # scaled to all
 
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
@@ -397,6 +396,7 @@ def start_ranks(device):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        sum_over_ranks(torch.zeros(1, device=device)).item()  # all ranks have looked at --out before one writes there
 
 def sum_over_ranks(tensor):
     if WORLD_SIZE > 1:
@@ -404,12 +404,11 @@ def sum_over_ranks(tensor):
     return tensor
 
 def step(network, optimizer, loss, clip):
-    """One step down the gradient averaged over the ranks. What has no gradient keeps its weight and momentum."""
+    """One step down the gradient averaged over the ranks. What is not on the path keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    for weight in network.parameters():
-        if WORLD_SIZE > 1 and weight.grad is not None:  # the same weights on every rank, since all train the same path
-            sum_over_ranks(weight.grad).div_(WORLD_SIZE)
+    for grad in [weight.grad for weight in network.parameters() if WORLD_SIZE > 1 and weight.grad is not None]:
+        sum_over_ranks(grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
     nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
 
@@ -429,9 +428,9 @@ def write_file(path, data):
 
 def save_checkpoint(path, settings, parts, log):
     """Write settings, the state of every part and the log to path, and the log beside it as log.jsonl."""
-    buffer = io.BytesIO()
-    torch.save({"settings": settings, "log": log, **{k: part.state_dict() for k, part in parts.items()}}, buffer)
     if RANK == 0:
+        buffer = io.BytesIO()
+        torch.save({"settings": settings, "log": log, **{k: part.state_dict() for k, part in parts.items()}}, buffer)
         write_file(path, buffer.getvalue())
         write_file(path.with_name("log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
 
@@ -440,14 +439,14 @@ def load_checkpoint(path, settings, parts, device):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-        saved, log = state["settings"], state["log"]
+        saved, log, states = state["settings"], state["log"], {name: state[name] for name in parts}
     except Exception:  # torch.load has many ways to fail
         raise ValueError(f"{path} is damaged, or not a checkpoint of this script: nothing was changed") from None
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(f"{path} was made with {name} {saved.get(name)}, not {value}: resume with the same")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(states[name])
     return log
 # ==== end ===================================================================================================
 
@@ -484,14 +483,14 @@ def split_halves(pictures, labels, args):
     train, judge = order.tensor_split(2)
     if len(judge) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than half of the {len(labels)} training pictures")
-    # Judged by the BatchNorm statistics of a batch, a path needs batches of one size: that which leaves out the fewest.
+    # Judged by the BatchNorm statistics of a batch, a path needs batches of one size: of --batch-size or just under.
     count = math.ceil(len(judge) / args.batch_size)
-    size = len(judge) // count // WORLD_SIZE * WORLD_SIZE
+    size = max(1, len(judge) // count // WORLD_SIZE) * WORLD_SIZE
     return (Batches(pictures, labels, train, args.batch_size, True, args),
-            Batches(pictures, labels, judge[:count * size], size, False, args))
+            Batches(pictures, labels, judge[:len(judge) // size * size], size, False, args))
 
 def show(probabilities, args):
-    """Print the distribution (E, K): edges down, operations across, the darker the more probable, x for never."""
+    """Print the distribution (E, K): edges down, operations across, the darker the more probable, x where 0."""
     if args.space == "cell":
         columns = ["none", "max3", "avg3", "skip", "sep3", "sep5", "dil3", "dil5"]
         rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
@@ -499,9 +498,10 @@ def show(probabilities, args):
     else:
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
+    ramp = "░▒▓█" if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else ".:*#"
     say(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities):
-        shades = ["x" if p == 0 else 3 * "░▒▓█"[min(3, int(4 * p / max(values)))] for p in values]
+        shades = ["x" if p == 0 else 3 * ramp[min(3, int(4 * p / max(values)))] for p in values]
         say(f"{row:14}" + "".join(f"{shade:>6}" for shade in shades))
 
 def draw(genotype):
@@ -570,8 +570,8 @@ def search(args):
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, result = args.out / "checkpoint.pt", args.out / "genotype.json"
     if result.exists() or checkpoint.exists() and not args.resume:
-        raise ValueError(f"{args.out} holds " + ("a finished search: name another --out" if result.exists() else
-                         "an unfinished search: add --resume to go on with it, or name another --out"))
+        raise ValueError(f"{args.out} holds a search that is " + ("finished: name another --out" if result.exists() else
+                         "not finished: go on with --resume, or name another --out"))
     start_ranks(args.device)
     pictures, labels, classes = open_pictures(args, train=True)
     train_half, judge_half = split_halves(pictures, labels, args)
@@ -632,7 +632,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last whole epoch", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # the last line: above it may stand a traceback
         print(f"{METHOD}.py: error: {str(error).splitlines()[-1]}", file=sys.stderr)
         return 2
     # ==== end ===============================================================================================

@@ -31,6 +31,7 @@ CIFAR10 = dict(epochs=600, batch_size=96, lr=0.025, decay="cosine", weight_decay
                smoothing=0.0, auxiliary=0.4, drop_path=0.2, cutout=0.5)  # cutout: 0.5 of the side, 16 of 32 pixels
 RECIPES = {  # per data set and space; any other pair is trained like CIFAR-10
     ("synthetic", "cell"): {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0},
+    ("synthetic", "mobile"): {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "cutout": 0.0},
     ("imagenet", "cell"): dict(epochs=250, batch_size=512, lr=0.1, decay=0.97, weight_decay=3e-5, norm_decay=3e-5,
                                clip=5.0, smoothing=0.1, auxiliary=0.4, drop_path=0.0, cutout=0.0),
     ("imagenet", "mobile"): dict(epochs=120, batch_size=1024, lr=0.4, decay="cosine", weight_decay=4e-5, norm_decay=0.0,
@@ -128,7 +129,7 @@ def check_genotype(genotype, origin):
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.AvgPool2d):  # for its stride; the kernel is 1
+class Zero(nn.AvgPool2d):  # with a kernel of 1, a pool that only applies the stride
     def forward(self, x):
         return torch.zeros_like(super().forward(x))
 
@@ -231,7 +232,7 @@ class CellNetwork(nn.Module):
         super().__init__()
         norm = functools.partial(nn.BatchNorm2d, eps=1e-3 if imagenet else 1e-5)
         c, conv = channels, functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-        if imagenet:  # two stems, an eighth of the picture's side: their outputs are the inputs of the first cell
+        if imagenet:  # stems to a quarter and an eighth of the side, as if a reduction cell had come between
             self.stem0 = nn.Sequential(conv(3, c // 2, stride=2), norm(c // 2), nn.ReLU(),
                                        conv(c // 2, c, stride=2), norm(c))
             self.stem1 = nn.Sequential(nn.ReLU(), conv(c, c, stride=2), norm(c))
@@ -308,7 +309,7 @@ def load_weights(network, weights, path):
     pairs = itertools.zip_longest(ours.items(), weights.items(), fillvalue=("nothing", None))
     for (name, tensor), (other, value) in pairs:
         shape, other_shape = (tuple(t.shape) if isinstance(t, torch.Tensor) else "" for t in (tensor, value))
-        if name.split(".")[-1] != str(other).split(".")[-1] or shape != other_shape:
+        if str(name).split(".")[-1] != str(other).split(".")[-1] or shape != other_shape:
             raise ValueError(f"{path} does not fit the network: it has {other} {other_shape} for {name} {shape}")
     network.load_state_dict(dict(zip(ours, weights.values())))
 
@@ -354,7 +355,7 @@ class Folder(torchvision.datasets.ImageFolder):
         path, label = self.samples[key[0]]
         try:
             picture = self.loader(path)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # damage has many names
             raise ValueError(f"{path} cannot be read as a picture: replace or remove it ({error})") from None
         if key[1] < 0:
             return self.plain(picture), label
@@ -370,14 +371,14 @@ def open_pictures(args, train):
     if args.dataset == "synthetic":
         images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
     elif args.dataset == "cifar10":
-        try:
-            for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
+        for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
+            try:
                 if turn == RANK:
                     found = torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
-                sum_over_ranks(torch.zeros(1, device=args.device))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir} and cannot be downloaded "
-                             f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, cannot be downloaded "
+                                 f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
+            sum_over_ranks(torch.zeros(1, device=args.device)).item()
         images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
     else:
         folder = Folder(args.data_dir / ("train" if train else "val"), args.image_size)
@@ -407,21 +408,21 @@ class Batches:
         return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
 
     def __iter__(self):
-        start, g = time.perf_counter(), torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        start, g = time.perf_counter(), torch.Generator().manual_seed((1_000_003 * self.seed + self.epoch) % 2**63)
         order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
         seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
-        keys = torch.stack([self.index[order], seeds], 1)  # (N, 2): a picture, and the seed of its augmentation
-        keys = keys.to("cpu" if self.loader is not None else self.device)  # at once, since it waits for the device
+        # (N, 2): a picture, and the seed of its augmentation; moved to the device at once, since that waits for it
+        keys = torch.stack([self.index[order], seeds], 1).to(self.device if self.loader is None else "cpu")
         shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []
-        for i, (images, labels) in enumerate(self.loader or (self.crop(*share.T) for share in shares)):
+        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []  # what the loader reads
+        for i, (images, labels) in enumerate((self.crop(*s.T) for s in shares) if self.loader is None else self.loader):
             if i < 2:  # the clock starts anew after the first batch, which warms up
                 torch.zeros(1, device=self.device).item()  # waits for the device
                 start = time.perf_counter()
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
         torch.zeros(1, device=self.device).item()
-        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # that a warm pass takes
+        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # scaled to all
 
     def crop(self, index, seeds):
         """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
@@ -454,6 +455,7 @@ def start_ranks(device):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        sum_over_ranks(torch.zeros(1, device=device)).item()  # all ranks have looked at --out before one writes there
 
 def sum_over_ranks(tensor):
     if WORLD_SIZE > 1:
@@ -461,12 +463,11 @@ def sum_over_ranks(tensor):
     return tensor
 
 def step(network, optimizer, loss, clip):
-    """One step down the gradient averaged over the ranks. What has no gradient keeps its weight and momentum."""
+    """One step down the gradient averaged over the ranks. What is not on the path keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    for weight in network.parameters():
-        if WORLD_SIZE > 1 and weight.grad is not None:  # the same weights on every rank, since all train the same path
-            sum_over_ranks(weight.grad).div_(WORLD_SIZE)
+    for grad in [weight.grad for weight in network.parameters() if WORLD_SIZE > 1 and weight.grad is not None]:
+        sum_over_ranks(grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
     nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
 
@@ -486,9 +487,9 @@ def write_file(path, data):
 
 def save_checkpoint(path, settings, parts, log):
     """Write settings, the state of every part and the log to path, and the log beside it as log.jsonl."""
-    buffer = io.BytesIO()
-    torch.save({"settings": settings, "log": log, **{k: part.state_dict() for k, part in parts.items()}}, buffer)
     if RANK == 0:
+        buffer = io.BytesIO()
+        torch.save({"settings": settings, "log": log, **{k: part.state_dict() for k, part in parts.items()}}, buffer)
         write_file(path, buffer.getvalue())
         write_file(path.with_name("log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
 
@@ -497,14 +498,14 @@ def load_checkpoint(path, settings, parts, device):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-        saved, log = state["settings"], state["log"]
+        saved, log, states = state["settings"], state["log"], {name: state[name] for name in parts}
     except Exception:  # torch.load has many ways to fail
         raise ValueError(f"{path} is damaged, or not a checkpoint of this script: nothing was changed") from None
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(f"{path} was made with {name} {saved.get(name)}, not {value}: resume with the same")
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(states[name])
     return log
 # ==== end ===================================================================================================
 
@@ -588,7 +589,7 @@ def test(args):
     """--evaluate: print the errors of the weights in a file on the test pictures."""
     start_ranks(args.device)
     pictures, labels, classes = open_pictures(args, train=False)
-    network = open_network(args, len(classes), any("aux" in name for name in args.weights))
+    network = open_network(args, len(classes), any("aux" in str(name) for name in args.weights))
     load_weights(network, args.weights, args.evaluate)
     batches = Batches(pictures, labels, torch.arange(len(labels)), args.batch_size, False, args)
     top1, top5 = evaluate(network, batches, str(args.evaluate))
@@ -612,7 +613,8 @@ def train(args):
     test_batches = Batches(test_pictures, test_labels, torch.arange(len(test_labels)), args.batch_size, False, args)
     torch.manual_seed(args.seed)
     # The auxiliary head needs a map of 7 or 8 pixels: on smaller pictures there is none.
-    auxiliary = args.recipe["auxiliary"] and args.image_size >= (224 if args.dataset == "imagenet" else 32)
+    least = 224 if args.dataset == "imagenet" else 32
+    auxiliary = args.space == "cell" and args.recipe["auxiliary"] and args.image_size >= least
     network = open_network(args, len(classes), auxiliary)
     norms = {w for module in network.modules() if isinstance(module, nn.BatchNorm2d) for w in module.parameters()}
     groups = [{"params": [w for w in network.parameters() if w not in norms]},
@@ -637,7 +639,7 @@ def train(args):
 
     while len(log) < args.epochs:
         epoch, title = len(log), f"epoch {len(log) + 1:3}/{args.epochs}"
-        torch.manual_seed(1_000_003 * args.seed + WORLD_SIZE * epoch + RANK)  # of drop-path, cutout and AutoAugment
+        torch.manual_seed((1_000_003 * args.seed + WORLD_SIZE * epoch + RANK) % 2**63)  # of cutout and drop-path
         batches.epoch = epoch
         if drop:
             network.drop_path.fill_(drop * epoch / args.epochs)
@@ -688,7 +690,7 @@ def parse_args(argv):
     if args.evaluate:  # a checkpoint of ours says itself what network it holds
         weights, settings = read_weights(args.evaluate)
         parser.set_defaults(origin=args.evaluate, weights=weights, **settings)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # again, so that the command line still wins
     genotype = load_genotype(args.genotype) if isinstance(args.genotype, str) else args.genotype
     args.genotype = check_genotype(genotype, args.origin)
     args.space, made_with = args.genotype["space"], genotype.get("settings")
@@ -744,7 +746,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last whole epoch", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # the last line: above it may stand a traceback
         print(f"{METHOD}.py: error: {str(error).splitlines()[-1]}", file=sys.stderr)
         return 2
 
