@@ -137,13 +137,13 @@ class FactorizedReduce(nn.Module):
     """Halve height and width by two 1x1 stride-2 convs, the second on the picture shifted by one pixel."""
     def __init__(self, c_in, c_out, norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.conv2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
         self.bn = norm(c_out)
 
     def forward(self, x):
-        x = F.relu(x)
-        return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+        x = F.relu(x)  # strides by slicing: in the convs, their backward pass crashes torch 2.14 on a CPU at some sizes
+        return self.bn(torch.cat([self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])], 1))
 
 def relu_conv_bn(c_in, c_out, norm, *depthwise):
     return nn.Sequential(nn.ReLU(), *depthwise, nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))

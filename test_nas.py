@@ -646,6 +646,14 @@ def test_auxiliary_head_gives_logits_only_while_training(dataset, size, norms):
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.auxiliary.modules()) == norms
     assert network.cells[0].preprocess1[-1].eps == (1e-3 if dataset == "imagenet" else 1e-5)
 
+def test_the_imagenet_network_takes_a_step_at_its_own_size():
+    """With strided 1x1 convs in the factorised reduction, torch 2.14 on a CPU dies here."""
+    network = retrain.build_network(retrain.load_genotype("DDPNAS_IMAGENET"), "imagenet", 3, 8, 3)
+    network.to(memory_format=torch.channels_last)
+    images = torch.randn(16, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    network(images).sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in network.parameters())
+
 def test_drop_path_zeroes_whole_pictures_but_no_identity_and_nothing_in_evaluation():
     torch.manual_seed(0)
     nodes, seen = [[["skip_connect", 0], ["skip_connect", 1]], [["avg_pool_3x3", 0], ["skip_connect", 1]]] * 2, []
