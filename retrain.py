@@ -98,32 +98,29 @@ def load_genotype(text):
 
 def check_genotype(genotype, origin):
     """Keep what makes the architecture. Raises ValueError, naming the place, for what is no point of its space."""
-    def pick(value, place, count, allowed, meaning):
-        """value, a list of count entries, each one of those allowed."""
-        if not isinstance(value, list) or len(value) != count:
-            raise ValueError(f"--genotype {origin}: {place} is not a list of {count}")
-        for entry in value:
-            if entry not in allowed:
-                raise ValueError(f"--genotype {origin}: {place} holds {entry!r}, which is not {meaning}")
-        return [allowed[allowed.index(entry)] for entry in value]  # 3 for 3.0, which is equal
+    def need(fits, place, meaning):
+        if not fits:
+            raise ValueError(f"--genotype {origin}: {place} must be {meaning}")
 
     genotype = genotype if isinstance(genotype, dict) else {}
-    space, backbone = genotype.get("space"), genotype.get("backbone")
-    if space == "mobile" and backbone in ("gpu", "cpu"):
-        pairs = [list(pair) for pair in CANDIDATES]
-        blocks = pick(genotype.get("blocks"), '"blocks"', len(BACKBONES[backbone][0]), pairs, f"one of {pairs}")
-        return {"space": space, "backbone": backbone, "blocks": blocks}
-    if space != "cell":
-        raise ValueError(f'--genotype {origin}: it has no "space": "cell", nor "space": "mobile" and a "backbone"')
-    cells = {}
+    if genotype.get("space") == "mobile":
+        backbone, blocks = genotype.get("backbone"), genotype.get("blocks")
+        need(backbone in [*BACKBONES], '"backbone"', "gpu or cpu")
+        count, pairs = len(BACKBONES[backbone][0]), [list(pair) for pair in CANDIDATES]
+        need(isinstance(blocks, list) and len(blocks) == count, '"blocks"', f"{count} pairs of kernel and expansion")
+        for i, block in enumerate(blocks):
+            need(block in pairs and {*map(type, block)} == {int}, f'"blocks", of which {i} is {block},', f"one of {pairs}")
+        return {"space": "mobile", "backbone": backbone, "blocks": blocks}
+    need(genotype.get("space") == "cell", '"space"', "cell or mobile")
     for cell in ("normal", "reduce"):
         nodes = genotype.get(cell)
-        if not isinstance(nodes, list) or len(nodes) != NUM_NODES:
-            raise ValueError(f'--genotype {origin}: "{cell}" is not a list of {NUM_NODES} nodes')
-        cells[cell] = [pick(node, f'node {i} of "{cell}"', 2, [[op, s] for op in PRIMITIVES[1:] for s in range(2 + i)],
-                            f"an operation ({', '.join(PRIMITIVES[1:])}) and its source (0 to {1 + i})")
-                       for i, node in enumerate(nodes)]
-    return {"space": space, **cells}
+        need(isinstance(nodes, list) and len(nodes) == NUM_NODES, f'"{cell}"', f"a list of {NUM_NODES} nodes")
+        for i, node in enumerate(nodes):
+            edges = [[op, source] for op in PRIMITIVES[1:] for source in range(2 + i)]
+            need(isinstance(node, list) and len(node) == 2 and all(e in edges and type(e[1]) is int for e in node),
+                 f'node {i} of "{cell}", now {node},', f"2 pairs of operation ({', '.join(PRIMITIVES[1:])}) and source "
+                 f"(0 to {1 + i})")
+    return {"space": "cell", "normal": genotype["normal"], "reduce": genotype["reduce"]}
 
 # ==== shared: operations ====================================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
