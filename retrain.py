@@ -109,7 +109,7 @@ def check_genotype(genotype, origin):
         count, pairs = len(BACKBONES[backbone][0]), [list(pair) for pair in CANDIDATES]
         need(isinstance(blocks, list) and len(blocks) == count, '"blocks"', f"{count} pairs of kernel and expansion")
         for i, block in enumerate(blocks):
-            need(block in pairs and {*map(type, block)} == {int}, f'"blocks", of which {i} is {block},', f"one of {pairs}")
+            need(block in pairs and {*map(type, block)} == {int}, f'entry {i} of "blocks", {block},', f"one of {pairs}")
         return {"space": "mobile", "backbone": backbone, "blocks": blocks}
     need(genotype.get("space") == "cell", '"space"', "cell or mobile")
     for cell in ("normal", "reduce"):
