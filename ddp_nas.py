@@ -326,7 +326,7 @@ def open_pictures(args, train):
                 if turn == RANK:
                     found = torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
             except (OSError, RuntimeError) as error:
-                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, cannot be downloaded "
+                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, and not downloadable "
                                  f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
             sum_over_ranks(torch.zeros(1, device=args.device)).item()
         images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
@@ -416,9 +416,10 @@ def step(network, optimizer, loss, clip):
     """One step down the gradient averaged over the ranks. What is not on the path keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    for grad in [weight.grad for weight in network.parameters() if WORLD_SIZE > 1 and weight.grad is not None]:
-        sum_over_ranks(grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
-    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    weights = [weight for weight in network.parameters() if weight.grad is not None]  # one walk: it takes milliseconds
+    for weight in weights if WORLD_SIZE > 1 else []:
+        sum_over_ranks(weight.grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
+    nn.utils.clip_grad_norm_(weights, clip)
     optimizer.step()
 
 def write_file(path, data):
@@ -470,8 +471,8 @@ def train_epoch(network, optimizer, batches, sample, title):
         step(network, optimizer, loss, CLIP)
         total = total + loss.detach()  # stays on the device: reading it would wait for the step
     mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
-    weights = [weight for weight in network.parameters() if weight.grad is not None]
-    if not math.isfinite(mean + nn.utils.get_total_norm(weights).item()):  # no loss has seen the last step's weights
+    norm = nn.utils.get_total_norm([weight for weight in network.parameters() if weight.grad is not None])
+    if not math.isfinite(mean + norm.item()):  # no loss has seen the last step's weights
         raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {sample.tolist()}: "
                          "start again with a smaller --lr; the last checkpoint is that of the epoch before")
     return mean
@@ -607,13 +608,12 @@ def search(args):
         accuracy = evaluate(network, judge_half, sample, title)
         distribution.record(sample, accuracy)
         schedule.step()
-        seconds = train_half.seconds + judge_half.seconds
         log.append({"epoch": len(log) + 1, "round": num_ops - num_alive + 1, "sample": sample.tolist(), "loss": loss,
-                    "accuracy": accuracy, "seconds": seconds})
+                    "accuracy": accuracy, "seconds": train_half.seconds + judge_half.seconds})
         save_checkpoint(checkpoint, settings, parts, log)
         ahead = (distribution.total_epochs - len(log)) * sum(row["seconds"] for row in log) / len(log)
-        say(f"{title}  loss {loss:.3f}  accuracy {accuracy:.2%}  {pictures_an_epoch / seconds:.0f} pictures/s  "
-            f"{timedelta(seconds=round(ahead))} left")
+        say(f"{title}  loss {loss:.3f}  accuracy {accuracy:.2%}  {pictures_an_epoch / log[-1]['seconds']:.0f} "
+            f"pictures/s  {timedelta(seconds=round(ahead))} left")
         if distribution.num_alive < num_alive:
             show(distribution.probabilities, args)
 

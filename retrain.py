@@ -29,9 +29,9 @@ DEFAULTS = {  # per data set, the size of the pictures and of a network of cells
 }
 CIFAR10 = dict(epochs=600, batch_size=96, lr=0.025, decay="cosine", weight_decay=3e-4, norm_decay=3e-4, clip=5.0,
                smoothing=0.0, auxiliary=0.4, drop_path=0.2, cutout=0.5)  # cutout: 0.5 of the side, 16 of 32 pixels
+SYNTHETIC = {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
 RECIPES = {  # per data set and space; any other pair is trained like CIFAR-10
-    ("synthetic", "cell"): {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0},
-    ("synthetic", "mobile"): {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "cutout": 0.0},
+    ("synthetic", "cell"): SYNTHETIC, ("synthetic", "mobile"): SYNTHETIC,
     ("imagenet", "cell"): dict(epochs=250, batch_size=512, lr=0.1, decay=0.97, weight_decay=3e-5, norm_decay=3e-5,
                                clip=5.0, smoothing=0.1, auxiliary=0.4, drop_path=0.0, cutout=0.0),
     ("imagenet", "mobile"): dict(epochs=120, batch_size=1024, lr=0.4, decay="cosine", weight_decay=4e-5, norm_decay=0.0,
@@ -373,7 +373,7 @@ def open_pictures(args, train):
                 if turn == RANK:
                     found = torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
             except (OSError, RuntimeError) as error:
-                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, cannot be downloaded "
+                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, and not downloadable "
                                  f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
             sum_over_ranks(torch.zeros(1, device=args.device)).item()
         images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
@@ -463,9 +463,10 @@ def step(network, optimizer, loss, clip):
     """One step down the gradient averaged over the ranks. What is not on the path keeps its weight and momentum."""
     optimizer.zero_grad()
     loss.backward()
-    for grad in [weight.grad for weight in network.parameters() if WORLD_SIZE > 1 and weight.grad is not None]:
-        sum_over_ranks(grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
-    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    weights = [weight for weight in network.parameters() if weight.grad is not None]  # one walk: it takes milliseconds
+    for weight in weights if WORLD_SIZE > 1 else []:
+        sum_over_ranks(weight.grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
+    nn.utils.clip_grad_norm_(weights, clip)
     optimizer.step()
 
 def write_file(path, data):
@@ -524,7 +525,9 @@ def train_epoch(network, optimizer, batches, args, title):
         progress(f"{title}  training, batch {i + 1} of {len(batches)}")
         if args.large:
             images = torch.stack([auto_augment(image) for image in images])
-        images = cutout(batches.normalise(images), round(args.recipe["cutout"] * args.image_size))
+        images = batches.normalise(images)
+        if args.recipe["cutout"]:
+            images = cutout(images, round(args.recipe["cutout"] * args.image_size))
         with torch.autocast(batches.device, torch.bfloat16, enabled=batches.device == "cuda"):
             outputs = network(images)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
