@@ -1,124 +1,164 @@
-"""MdeNAS: Multinomial Distribution Learning for Effective Neural Architecture Search (arXiv:1905.07529).
+"""Multinomial Distribution Learning for Effective Neural Architecture Search (arXiv:1905.07529).
 
-    python mdenas.py                                       # made-up pictures, under 2 minutes on 2 CPU cores
-    python mdenas.py --dataset cifar10                     # the paper's search on CIFAR-10
-    python mdenas.py --dataset imagefolder --data-dir DIR  # your own pictures, DIR/train/<class>/*
-    torchrun --nproc_per_node=8 mdenas.py --dataset imagenet --data-dir DIR  # the MobileNet space, 8 GPUs
+    python mdenas.py                      # made-up images, about 2 minutes on 2 CPU cores
+    python mdenas.py --dataset cifar10    # the paper's search on CIFAR-10
+    python mdenas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
+    torchrun --nproc_per_node=8 mdenas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
-One epoch of search samples one operation for every edge, trains the shared weights along that single path on one
-half of the training pictures, and measures the accuracy of the path on the other half. Then, on every edge,
-each operation that was trained less and yet is better takes a little probability from the one that it beats.
-In the end the most probable operation of each edge is the architecture.
+An architecture says which of K operations stands on each edge, a place in the network. One epoch of
+search samples an architecture, trains the shared weights along that single path on one half of the
+training images, and measures the accuracy of the path on the other half. Then, on every edge, each
+operation that was trained less and yet is better takes a little probability from the one that it
+beats. In the end the most probable operation of each edge stays.
+
+Blocks marked `shared` are the same, to the character, in ddp_nas.py, and some in retrain.py.
 """
-import argparse, functools, io, json, math, os, sys, time, zipfile
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C while torch is imported
+import argparse, contextlib, fcntl, functools, io, json, math, os, re, shlex, sys, time, zipfile
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
+from PIL import Image
 from torchvision.transforms import v2
 
 METHOD = "mdenas"
-DEFAULTS = {  # per data set, what the command line leaves open; cifar10 has the settings of the paper
-    "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=64, lr=0.1),
-    "cifar10": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
-    "imagefolder": dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025),
-    "imagenet": dict(space="mobile", channels=16, cells=6, image_size=224, batch_size=512, lr=0.025),
+PAPER = dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025)
+DEFAULTS = {  # by data set
+    "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=32, lr=0.1),
+    "cifar10": PAPER, "imagefolder": PAPER,
+    "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
-LR_MIN = 0.0    # where the cosine ends
+LR_MIN = 0.0                          # learning rate at the end of the cosine
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
-CLIP = 5.0      # the largest norm of a step's gradient
+CLIP = 5.0                            # the largest norm of a gradient
 
-# ==== the distribution ======================================================================================
+# ==== the distribution ============================================================================
 class MultinomialDistribution:
-    """E independent categorical distributions over K operations that learn by comparing operations.
+    """E independent categorical distributions over K operations that learn from comparisons.
 
-    probabilities (E, K): 1 / K at the start; rows sum to 1.
-    epochs_seen (E, K) int: in how many epochs each operation was sampled.
-    accuracies (E, K): the last accuracy measured with it, 0 before the first.
+    probabilities (E, K): 1 / K at the start; rows sum to 1. epochs (E, K): in how many epochs each
+    operation was sampled. accuracies (E, K): the last one measured with it, 0 before the first.
     """
     def __init__(self, num_edges, num_ops, epochs=100, alpha=0.01, seed=0):
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha lies between 0 and 1, not at {alpha}")
-        self.epochs, self.alpha = epochs, alpha                   # alpha: what a comparison won is worth
-        self.probabilities = np.full((num_edges, num_ops), 1 / num_ops)
-        self.epochs_seen = np.zeros((num_edges, num_ops), int)
-        self.accuracies = np.zeros((num_edges, num_ops))
-        self.epoch = 0
-        self.pending = None                                       # (E,), handed out and not yet recorded
-        self.rng = np.random.default_rng(seed)
-
-    @property
-    def total_epochs(self):
-        return self.epochs
-
-    @property
-    def finished(self):
-        return self.epoch == self.epochs
+        self.total_epochs, self.alpha = epochs, alpha  # alpha: the size of an update
+        self.probabilities = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
+        self.epochs = torch.zeros(num_edges, num_ops, dtype=torch.int64)
+        self.accuracies = torch.zeros(num_edges, num_ops, dtype=torch.float64)
+        self.rng = torch.Generator().manual_seed(seed)
 
     def best(self):
-        """(E,): the most probable operation of every edge."""
-        return self.probabilities.argmax(1)
+        """The most probable operation of every edge, a list of E indices."""
+        return self.probabilities.argmax(1).tolist()
 
     def sample(self):
-        """Hand out an architecture (E,), the same one until it is recorded. ValueError once finished."""
-        if self.finished:
-            raise ValueError("the search is finished: there is nothing left to sample")
-        if self.pending is None:
-            cumulative = self.probabilities.cumsum(1)
-            cumulative /= cumulative[:, -1:]  # exactly 1 at the end, whatever the rounding
-            draw = self.rng.random((len(cumulative), 1))
-            self.pending = (cumulative <= draw).sum(1)
-        return self.pending.copy()
+        """The architecture of the next epoch: an operation for every edge, a list of E indices."""
+        return torch.multinomial(self.probabilities, 1, generator=self.rng)[:, 0].tolist()
 
     def record(self, sample, accuracy):
-        """Take in the accuracy, in [0, 1], of the sample just handed out, or raise ValueError; learn from it."""
-        self.check(sample, accuracy)
-        edges = np.arange(len(sample))
-        self.epochs_seen[edges, sample] += 1
+        """Take in the accuracy, in [0, 1], of the last sample, and learn from it."""
+        check_accuracy(accuracy)
+        edges = torch.arange(len(sample))
+        self.epochs[edges, sample] += 1
         self.accuracies[edges, sample] = accuracy
-        self.pending, self.epoch = None, self.epoch + 1
-        # p[i] <- p[i] + alpha (#{j: dE[i,j] < 0 and dA[i,j] > 0} - #{j: dE[i,j] > 0 and dA[i,j] < 0})
-        dE = self.epochs_seen[:, :, None] - self.epochs_seen[:, None, :]  # (E, K, K)
-        dA = self.accuracies[:, :, None] - self.accuracies[:, None, :]    # (E, K, K)
-        wins = (dE < 0) & (dA > 0)  # [e, i, j]: i was trained less and yet is better, so j owes it alpha
-        creditors = wins.sum(1)     # (E, K), of every j
-        # All pay at once. Who owes more than it has pays each an equal share of that, so no p falls below 0.
-        paid = np.minimum(self.alpha * creditors, self.probabilities)
-        share = paid / np.maximum(creditors, 1)
-        self.probabilities = self.probabilities - paid + (wins * share[:, None, :]).sum(2)
+        # p[i] <- p[i] + alpha (#{j: dE[i,j] < 0, dA[i,j] > 0} - #{j: dE[i,j] > 0, dA[i,j] < 0})
+        dE = self.epochs[:, :, None] - self.epochs[:, None, :]          # (E, K, K)
+        dA = self.accuracies[:, :, None] - self.accuracies[:, None, :]  # (E, K, K)
+        wins = (dE < 0) & (dA > 0)  # [e, i, j]: i was trained less and yet is better than j
+        losses = wins.double().sum(1)  # (E, K), of every j
+        # All at once; an operation that would fall below 0 gives what it has, in equal shares.
+        given = torch.minimum(self.alpha * losses, self.probabilities)   # (E, K)
+        share = given / losses.clamp(min=1)
+        self.probabilities = self.probabilities - given + (wins * share[:, None, :]).sum(2)
 
-    # ==== shared: checks and state ==========================================================================
-    def check(self, sample, accuracy):
-        if self.pending is None or not np.array_equal(sample, self.pending):
-            raise ValueError("record() takes the sample that sample() has just handed out, and takes it once")
-        if not 0 <= accuracy <= 1:  # not-a-number fails this, too
-            raise ValueError(f"an accuracy lies between 0 and 1, not at {accuracy}")
-
+    # ==== shared: state ===========================================================================
     def state_dict(self):
-        """Everything the distribution holds, its random generator included, as plain Python values."""
-        state = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        return {**state, "rng": self.rng.bit_generator.state}
+        """Everything the distribution holds, its random generator included."""
+        return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
-        """Go on from a state_dict(). Raises ValueError for one of another method or size."""
-        if state.keys() != vars(self).keys() or np.shape(state["accuracies"]) != self.accuracies.shape:
-            raise ValueError("this is the state of another method, or of other edges, operations or passes")
-        self.rng.bit_generator.state = state["rng"]
-        arrays = {name: np.array(value) if isinstance(value, list) else value for name, value in state.items()}
-        vars(self).update(arrays, rng=self.rng)
-    # ==== end ===============================================================================================
+        """Go on from a state_dict()."""
+        self.rng.set_state(state["rng"])
+        vars(self).update({**state, "rng": self.rng})
 
-# ==== shared: operations ====================================================================================
+def check_accuracy(accuracy):
+    if not 0 <= accuracy <= 1:  # NaN fails this, too
+        raise ValueError(f"an accuracy lies between 0 and 1, not at {accuracy}")
+
+# ==== shared: one epoch ===========================================================================
+def train_epoch(network, optimizer, batches, sample):
+    """One pass over the batches along the path of the sample (E,) -> mean loss."""
+    total, weights = torch.zeros((), device=batches.device), []
+    for images, labels in batches:
+        with autocast(batches.device):
+            loss = F.cross_entropy(network(batches.normalise(images), sample), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if not weights:  # those off the path have no gradient: SGD leaves them as they are
+            weights = [weight for weight in network.parameters() if weight.grad is not None]
+        average_over_ranks([weight.grad for weight in weights])
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        total += loss.detach()  # not .item(): that would wait for the device
+    return finite_mean(total, batches, weights)
+
+@torch.no_grad()
+def evaluate(network, batches, sample):
+    """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast(batches.device):
+            logits = network(batches.normalise(images), sample)
+        correct += (logits.argmax(1) == labels).sum()
+    average_over_ranks([correct])
+    return correct.item() * WORLD_SIZE / batches.count  # mean over ranks x ranks: the sum
+
+# ==== the search ==================================================================================
+def search(args, distribution):
+    """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
+    train_half, validation_half = open_halves(args)
+    torch.manual_seed(args.seed)
+    num_classes = len(train_half.images.classes)
+    network = (CellSupernet(args.channels, args.cells, num_classes) if args.space == "cell" else
+               MobileSupernet(args.backbone, num_classes))
+    network.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, distribution.total_epochs, min(LR_MIN, args.lr))
+    run = Run(args, train_half.images, network=network, optimizer=optimizer, schedule=schedule,
+              distribution=distribution)
+
+    for epoch in range(len(run.log), distribution.total_epochs):  # --resume: from the log's end
+        start = time.perf_counter()
+        sample = distribution.sample()
+        train_half.epoch = epoch  # the seed of shuffle and augmentation
+        loss = train_epoch(network, optimizer, train_half, sample)
+        accuracy = evaluate(network, validation_half, sample)
+        distribution.record(sample, accuracy)
+        schedule.step()
+        run.log.append({"epoch": epoch + 1, "sample": sample,
+                        "loss": loss, "accuracy": accuracy, "seconds": time.perf_counter() - start})
+        run.save()
+        print_epoch(run.log, distribution.total_epochs, train_half.count + validation_half.count)
+        if (epoch + 1) % 10 == 0:
+            show(distribution.probabilities, args)
+
+    accuracy = evaluate(network, validation_half, distribution.best())
+    finish(args, run, distribution.best(), distribution.probabilities, accuracy,
+           "epoch", [row["accuracy"] for row in run.log])
+
+# ==== shared: operations ==========================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.AvgPool2d):  # with a kernel of 1, a pool that only applies the stride
+class Zero(nn.AvgPool2d):  # with a kernel of 1: zeros of the size that the stride leaves
     def forward(self, x):
         return torch.zeros_like(super().forward(x))
 
 class FactorizedReduce(nn.Module):
-    """Halve height and width by two 1x1 stride-2 convs, the second on the picture shifted by one pixel."""
+    """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
@@ -126,24 +166,30 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        x = F.relu(x)  # strides by slicing: in the convs, their backward pass crashes torch 2.14 on a CPU at some sizes
-        return self.bn(torch.cat([self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])], 1))
+        x = F.relu(x)
+        # The stride is a slice: a strided 1x1 conv may crash torch 2.14's backward pass on a CPU.
+        halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
+        return self.bn(torch.cat(halves, 1))
 
-def relu_conv_bn(c_in, c_out, norm, *depthwise):
-    return nn.Sequential(nn.ReLU(), *depthwise, nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
+def relu_conv_bn(c_in, c_out, norm):
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
     padding = dilation * (kernel - 1) // 2
-    return relu_conv_bn(c, c, norm, nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False))
+    depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
+    return nn.Sequential(nn.ReLU(), depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
-    return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm), depthwise_separable(c, kernel, 1, 1, norm))
+    return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
+                         depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {  # search space 1: the candidates of an edge; the average does not count the padding
+OPS = {  # the space of cells: the candidates of an edge, `none` first
     "none": lambda c, stride, norm: Zero(1, stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
-    "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.AvgPool2d(3, stride, 1, False, False), norm(c)),
-    "skip_connect": lambda c, stride, norm: nn.Identity() if stride == 1 else FactorizedReduce(c, c, norm),
+    "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
+        nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm(c)),
+    "skip_connect": lambda c, stride, norm: (
+        nn.Identity() if stride == 1 else FactorizedReduce(c, c, norm)),
     "sep_conv_3x3": lambda c, stride, norm: sep_conv(c, 3, stride, norm),
     "sep_conv_5x5": lambda c, stride, norm: sep_conv(c, 5, stride, norm),
     "dil_conv_3x3": lambda c, stride, norm: depthwise_separable(c, 3, stride, 2, norm),
@@ -151,12 +197,15 @@ OPS = {  # search space 1: the candidates of an edge; the average does not count
 }
 PRIMITIVES = list(OPS)
 
-CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]  # search space 2: of a block
-BACKBONES = {  # (output channels, stride) of every block, and the width of the head
-    "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1), (256, 2),
-             (256, 1), (256, 1), (256, 1), (432, 1)], 1728),
-    "cpu": ([(24, 1), (32, 2), (32, 1), (32, 1), (32, 1), (48, 2), (48, 1), (48, 1), (48, 1), (88, 2), (88, 1),
-             (104, 1), (104, 1), (104, 1), (104, 1), (216, 2), (216, 1), (216, 1), (216, 1), (360, 1)], 1432),
+# The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
+# channels, stride) of every block, and the width of the head.
+CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
+BACKBONES = {
+    "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1),
+             (256, 2), (256, 1), (256, 1), (256, 1), (432, 1)], 1728),
+    "cpu": ([(24, 1), (32, 2), (32, 1), (32, 1), (32, 1), (48, 2), (48, 1), (48, 1), (48, 1),
+             (88, 2), (88, 1), (104, 1), (104, 1), (104, 1), (104, 1), (216, 2), (216, 1),
+             (216, 1), (216, 1), (360, 1)], 1432),
 }
 
 conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
@@ -173,10 +222,9 @@ class MBConv(nn.Sequential):
     def forward(self, x):
         out = super().forward(x)
         return x + out if self.residual else out
-# ==== end ===================================================================================================
 
-# ==== shared: supernets =====================================================================================
-# The BatchNorms keep no running statistics: a running mean shared by many paths would describe none of them.
+# ==== shared: supernets ===========================================================================
+# BatchNorms keep no running statistics: a mean shared by many paths would describe none of them.
 SupernetNorm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
 
 class SupernetCell(nn.Module):
@@ -184,28 +232,37 @@ class SupernetCell(nn.Module):
         super().__init__()
         norm = functools.partial(SupernetNorm, affine=False)
         self.reduction = reduction
-        self.preprocess0 = (FactorizedReduce if reduction_prev else relu_conv_bn)(c_prev_prev, c, norm)
+        older = FactorizedReduce if reduction_prev else relu_conv_bn
+        self.preprocess0 = older(c_prev_prev, c, norm)
         self.preprocess1 = relu_conv_bn(c_prev, c, norm)
-        self.edges = nn.ModuleList(  # (14, 8)
-            nn.ModuleList(OPS[name](c, 2 if reduction and source < 2 else 1, norm) for name in PRIMITIVES)
-            for node in range(NUM_NODES) for source in range(2 + node))
+        self.edges = nn.ModuleList()  # (14, 8)
+        for node in range(NUM_NODES):
+            for source in range(2 + node):
+                stride = 2 if reduction and source < 2 else 1
+                self.edges.append(nn.ModuleList(OPS[name](c, stride, norm) for name in PRIMITIVES))
 
     def forward(self, s0, s1, sample):
-        """s0, s1: outputs of the last cell but one and of the last cell; sample (14,) -> (B, 4 C, H, W)."""
+        """s0, s1: outputs of the last two cells, older first; sample (14,) -> (B, 4 C, H, W)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        path = iter([ops[choice] for ops, choice in zip(self.edges, sample)])
+        edge = 0
         for _ in range(NUM_NODES):
-            values = [next(path)(state) for state in states]
-            states.append(sum(values[1:], values[0]))
+            values = []
+            for state in states:
+                operation = self.edges[edge][sample[edge]]
+                values.append(operation(state))
+                edge += 1
+            states.append(functools.reduce(torch.add, values))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
-    """Search space 1: a stack of cells. A sample (28,) is the edges of the normal cell, then of the reduction cell."""
+    """A stack of cells. sample (28,): 14 edges of the normal, 14 of the reduction cells."""
     def __init__(self, channels, num_cells, num_classes):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), SupernetNorm(3 * channels))
+        c, c_prev, c_prev_prev = channels, 3 * channels, 3 * channels
+        reduction_prev = False
+        stem = nn.Conv2d(3, c_prev, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, SupernetNorm(c_prev))
         self.cells = nn.ModuleList()
-        c_prev_prev, c_prev, c, reduction_prev = 3 * channels, 3 * channels, channels, False
         for i in range(num_cells):
             reduction = i in (num_cells // 3, 2 * num_cells // 3)
             c = 2 * c if reduction else c
@@ -214,428 +271,467 @@ class CellSupernet(nn.Module):
         self.linear = nn.Linear(c_prev, num_classes)
 
     def forward(self, images, sample):
-        """images (B, 3, S, S) with S a multiple of 4, sample (28,) -> logits (B, num_classes)."""
+        """images (B, 3, S, S), S a multiple of 4; sample (28,) -> logits (B, num_classes)."""
+        normal, reduce = sample[:NUM_EDGES], sample[NUM_EDGES:]
         s0 = s1 = self.stem(images)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, sample[NUM_EDGES:] if cell.reduction else sample[:NUM_EDGES])
+            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
         return self.linear(s1.mean((2, 3)))
 
 class MobileSupernet(nn.Module):
-    """Search space 2: a chain of MBConv blocks. A sample is the candidate of every block."""
+    """A chain of MBConv blocks. sample (14 or 20,): the candidate of every block."""
     def __init__(self, backbone, num_classes):
         super().__init__()
         norm = functools.partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
-        channels = [40] + [c for c, _ in blocks]
-        self.first_conv = conv_bn_relu6(3, 40, 3, 2, norm_layer=norm)
-        self.blocks = nn.ModuleList(  # (14 or 20, 9)
-            nn.ModuleList(MBConv(c_in, c_out, stride, *candidate, norm) for candidate in CANDIDATES)
-            for c_in, (c_out, stride) in zip(channels, blocks))
-        self.head = nn.Sequential(conv_bn_relu6(channels[-1], head, 1, norm_layer=norm), nn.AdaptiveAvgPool2d(1),
-                                  nn.Flatten(), nn.Linear(head, num_classes))
+        c_in = 40
+        self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
+        self.blocks = nn.ModuleList()  # (14 or 20, 9)
+        for c, stride in blocks:
+            candidates = [MBConv(c_in, c, stride, *pair, norm) for pair in CANDIDATES]
+            self.blocks.append(nn.ModuleList(candidates))
+            c_in = c
+        self.head_conv = conv_bn_relu6(c_in, head, 1, norm_layer=norm)
+        self.linear = nn.Linear(head, num_classes)
 
     def forward(self, images, sample):
         """images (B, 3, S, S), sample (number of blocks,) -> logits (B, num_classes)."""
         x = self.first_conv(images)
         for candidates, choice in zip(self.blocks, sample):
             x = candidates[choice](x)
-        return self.head(x)
+        return self.linear(self.head_conv(x).mean((2, 3)))
 
-def derive_cells(strength):
-    """strength (28, 8) of every operation on every edge -> {"normal": 4 nodes, "reduce": 4 nodes}.
+def derive_cells(best, strength):
+    """best: an operation for each of 28 edges, strength (28, 8) -> {"normal": ..., "reduce": ...}.
 
-    A node keeps its 2 strongest edges, and an edge its strongest operation other than `none`, as [operation, source].
+    A cell is a list of 4 nodes; a node keeps its 2 strongest edges, each as [operation, source].
+    Where the best operation is `none`, the strongest other one, pruned or not, takes its place.
     """
-    cells = {"normal": [], "reduce": []}
-    for nodes, rows in zip(cells.values(), strength.reshape(2, NUM_EDGES, len(PRIMITIVES))):
-        for edges in np.split(rows[:, 1:], [2, 5, 9]):  # (2 + i, 7), those of node i without `none`
-            strongest = sorted(edges.max(1).argsort(kind="stable")[-2:].tolist())
-            nodes.append([[PRIMITIVES[1 + edges[source].argmax()], source] for source in strongest])
+    cells, edge = {"normal": [], "reduce": []}, 0
+    for nodes in cells.values():
+        for num_sources in range(2, 2 + NUM_NODES):
+            edges = []
+            for source in range(num_sources):
+                op = best[edge]
+                if PRIMITIVES[op] == "none":
+                    op = 1 + strength[edge, 1:].argmax().item()
+                edges.append((strength[edge, op].item(), source, PRIMITIVES[op]))
+                edge += 1
+            strongest = sorted(edges)[-2:]
+            strongest.sort(key=lambda item: item[1])  # by source
+            nodes.append([[name, source] for _, source, name in strongest])
     return cells
-# ==== end ===================================================================================================
 
-# ==== shared: data ==========================================================================================
-SMALL = 64  # pixels: up to this size a whole data set lives on the device, as one tensor
+# ==================================================================================================
+# Nothing of the papers stands below: images, ranks, files, what the user sees, arguments, main
+
+# ==== shared: images, ranks, files ================================================================
+class InputError(Exception):
+    """What the user can fix: one line. An error of the program keeps its traceback."""
+
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and every other data set
+            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other
+SMALL = 64  # pixels: up to this size all the images live on the device, as one tensor
 
 def make_gratings(count, size, seed):
-    """Draw pictures of two gratings under noise -> images (count, size, size, 3) uint8, labels (count,), class names.
+    """Images of two gratings under noise -> (count, size, size, 3) uint8, labels (count,), names.
 
-    The class is the pair of their angles, out of 5. Mirror images have the same angle, since pictures are flipped.
+    The class is the pair of their angles, the same for a mirror image: training flips images.
     """
     g = torch.Generator().manual_seed(seed)
-    pairs = torch.combinations(torch.arange(5))                                   # (10, 2)
+    pairs = torch.combinations(torch.arange(5))                      # (10, 2)
     labels = torch.randint(len(pairs), (count,), generator=g)
     mirror = 2 * torch.randint(2, (count, 2), generator=g) - 1
-    angle = pairs[labels] * mirror * math.pi / 8                                  # (count, 2), -90 to 90 degrees
-    frequency = 0.08 + 0.12 * torch.rand(count, 2, generator=g)                   # cycles per pixel
+    angle = pairs[labels] * mirror * math.pi / 8                     # (count, 2), -90 to 90 degrees
+    frequency = 0.08 + 0.12 * torch.rand(count, 2, generator=g)      # cycles per pixel
     phase = 2 * math.pi * torch.rand(count, 2, generator=g)
     colour = F.normalize(torch.randn(count, 2, 3, generator=g), dim=2)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
-    waves = torch.sin(2 * math.pi * frequency * (x * angle.cos() + y * angle.sin()) + phase)  # (count, 2, size, size)
-    images = torch.einsum("nwyx,nwc->nyxc", waves, colour) + 0.8 * torch.randn(count, size, size, 3, generator=g)
-    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, [f"angles {a} and {b}" for a, b in pairs.tolist()]
+    distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
+    waves = torch.sin(2 * math.pi * frequency * distance + phase)
+    images = torch.einsum("nwyx,nwc->nyxc", waves, colour)
+    images = images + 0.8 * torch.randn(count, size, size, 3, generator=g)
+    names = [f"angles {a} and {b}" for a, b in pairs.tolist()]
+    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, names
+
+class ImageTensor:
+    """Small images, all on the device. images (N, S, S, 3) uint8, labels (N,)."""
+    def __init__(self, images, labels, classes, device):
+        size, self.labels, self.classes = images.shape[1], labels.to(device), classes
+        pad = size // 8  # 4 pixels for images of 32
+        padded = F.pad(images.to(device), (0, 0, pad, pad, pad, pad))
+        self.crops = padded.unfold(1, size, 1).unfold(2, size, 1)  # (N, shifts, shifts, 3, S, S)
+
+    def read(self, batches):
+        """Yield images (B, 3, S, S), labels (B,) for each batch of keys (B, 2), see Batches."""
+        shifts = self.crops.shape[1]  # a seed holds the shift in y, in x and the flip, as digits
+        for keys in batches:
+            index, seeds = keys.to(self.labels.device, non_blocking=True).T
+            seeds = torch.where(seeds < 0, shifts**2 // 2, seeds)  # -1: the centre, not flipped
+            images = self.crops[index, seeds % shifts, seeds // shifts % shifts]
+            flip = (seeds // shifts**2 % 2 == 1)[:, None, None, None]
+            yield torch.where(flip, images.flip(3), images), self.labels[index]
 
 class Folder(torchvision.datasets.ImageFolder):
-    """Picture files, <folder>/<class>/*. A key is (index, seed): the seed alone draws the augmentation; -1: none."""
-    def __init__(self, folder, size):
-        try:
-            super().__init__(folder)
-        except OSError as error:  # no such folder, no class in it, or a class without pictures
-            raise ValueError(f"--data-dir: {folder} must hold a folder of pictures for each class ({error})") from None
+    """Large images, <folder>/<class>/*, each read when a batch needs it."""
+    def __init__(self, folder, args):
+        super().__init__(folder)
+        folders = {os.path.dirname(path) for path, _ in self.samples}
+        if len({os.path.realpath(path) for path in folders}) < len(folders):
+            raise InputError(f"{folder}: a symbolic link leads to images that are there already")
         if len(self.classes) < 2:
-            raise ValueError(f"--data-dir: {folder} holds only one class, {self.classes[0]}: two or more are needed")
+            raise InputError(f"{folder} holds one class only, {self.classes[0]}: two are needed")
+        size, self.args, self.labels = args.image_size, args, torch.tensor(self.targets)
         self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
                                      v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
-        self.plain = v2.Compose([v2.Resize(size if size <= SMALL else size * 256 // 224), v2.CenterCrop(size),
-                                 v2.PILToTensor()])
+        resized = size if size <= SMALL else size * 256 // 224
+        self.plain = v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __getitem__(self, key):
-        path, label = self.samples[key[0]]
+        (path, label), seed = self.samples[key[0]], key[1]
         try:
-            picture = self.loader(path)
-        except Exception as error:  # damage has many names
-            raise ValueError(f"{path} cannot be read as a picture: replace or remove it ({error})") from None
-        if key[1] < 0:
-            return self.plain(picture), label
+            image = Image.open(path)
+            if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
+                raise ValueError(f"pixels of 8 bits are needed, not {image.mode}")
+            image = image.convert("RGB")
+        except Exception as error:  # PIL raises many kinds
+            raise InputError(f"{path} cannot be read as an image: {error}") from None
+        if seed < 0:
+            return self.plain(image), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key[1])
-            return self.augmented(picture), label
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
+            return self.augmented(image), label
 
-def open_pictures(args, train):
-    """Open the pictures for training, or for the test -> pictures, labels (N,), class names. ValueError if damaged.
+    def read(self, batches):
+        return torch.utils.data.DataLoader(
+            self, batch_sampler=[keys.tolist() for keys in batches], num_workers=self.args.workers,
+            pin_memory=self.args.device == "cuda", generator=torch.Generator())
 
-    Pictures: uint8 (N, S + 2 pad, S + 2 pad, 3) on the device, padded for the crops, or a Folder where S > SMALL.
-    """
+def open_images(args, train):
+    """The images for training, or for the test -> ImageTensor, or Folder above SMALL pixels."""
     if args.dataset == "synthetic":
-        images, labels, classes = make_gratings(768 if train else 1000, args.image_size, seed=2 * args.seed + train)
+        images = make_gratings(768 if train else 1000, args.image_size, 2 * args.seed + train)
     elif args.dataset == "cifar10":
-        for turn in range(WORLD_SIZE):  # one after the other, so that the first one downloads for all
-            try:
-                if turn == RANK:
-                    found = torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"--data-dir: CIFAR-10 is missing or damaged in {args.data_dir}, and not downloadable "
-                                 f"({error}): connect to the network, or put cifar-10-python.tar.gz there") from None
-            sum_over_ranks(torch.zeros(1, device=args.device)).item()
-        images, labels, classes = torch.from_numpy(found.data), torch.tensor(found.targets), found.classes
+        try:
+            if RANK == 0:
+                torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
+            barrier()
+            data = torchvision.datasets.CIFAR10(args.data_dir, train)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--data-dir: {args.data_dir} has no CIFAR-10, or a damaged one, and "
+                             f"there is no network to download it ({error})") from None
+        images = torch.from_numpy(data.data), torch.tensor(data.targets), data.classes
     else:
-        folder = Folder(args.data_dir / ("train" if train else "val"), args.image_size)
-        labels, classes = torch.tensor(folder.targets), folder.classes
+        folder = Folder(args.data_dir / ("train" if train else "val"), args)
         if args.image_size > SMALL:
-            return folder, labels, classes
-        images = torch.stack([folder[i, -1][0].permute(1, 2, 0) for i in range(len(labels))])
-    pad = args.image_size // 8  # 4 pixels for pictures of 32
-    return F.pad(images.to(args.device), (0, 0, pad, pad, pad, pad)), labels.to(args.device), classes
+            return folder
+        pixels = [folder[i, -1][0].permute(1, 2, 0) for i in range(len(folder))]
+        images = torch.stack(pixels), folder.labels, folder.classes
+    return ImageTensor(*images, args.device)
 
 class Batches:
-    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; each rank gets its share of every batch.
+    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a rank gets its share.
 
-    Training batches are shuffled, augmented and all full. Order and augmentation follow from seed and `epoch` alone.
+    They are read by keys: (index of an image, seed of its augmentation, -1: none). Training batches
+    are shuffled, augmented and all full, as follows from the seed and `epoch` alone.
     """
-    def __init__(self, pictures, labels, index, batch_size, train, args):
-        self.index, self.batch_size, self.train, self.seed, self.epoch = index, batch_size, train, args.seed, 0
-        self.device, self.keys, self.size = args.device, [], args.image_size
-        self.images, self.labels, self.loader = pictures, labels, None
-        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]), device=args.device)
-        self.mean, self.std = 255 * mean_std[:, :, None, None]  # (3, 1, 1) each, in units of a pixel's 0 to 255
-        if isinstance(pictures, Folder):
-            self.loader = torch.utils.data.DataLoader(pictures, batch_sampler=self.keys, num_workers=args.workers,
-                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda")
+    def __init__(self, images, index, batch_size, train, args):
+        self.images, self.index, self.batch_size, self.train = images, index, batch_size, train
+        self.device, self.seed, self.epoch = args.device, args.seed, 0
+        self.count = len(index) // batch_size * batch_size if train else len(index)
+        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]))
+        self.mean, self.std = 255 * mean_std.view(2, 3, 1, 1).to(args.device)
 
     def __len__(self):
-        return len(self.index) // self.batch_size if self.train else math.ceil(len(self.index) / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
 
     def __iter__(self):
-        start, g = time.perf_counter(), torch.Generator().manual_seed((1_000_003 * self.seed + self.epoch) % 2**63)
-        order = torch.randperm(len(self.index), generator=g) if self.train else torch.arange(len(self.index))
-        seeds = torch.randint(2**31, order.shape, generator=g) if self.train else torch.full_like(order, -1)
-        # (N, 2): a picture, and the seed of its augmentation; moved to the device at once, since that waits for it
-        keys = torch.stack([self.index[order], seeds], 1).to(self.device if self.loader is None else "cpu")
-        shares = [batch[RANK::WORLD_SIZE] for batch in keys.split(self.batch_size)[:len(self)] if len(batch) > RANK]
-        self.keys[:] = [share.tolist() for share in shares] if self.loader is not None else []  # what the loader reads
-        for i, (images, labels) in enumerate((self.crop(*s.T) for s in shares) if self.loader is None else self.loader):
-            if i < 2:  # the clock starts anew after the first batch, which warms up
-                torch.zeros(1, device=self.device).item()  # waits for the device
-                start = time.perf_counter()
+        index, seeds = self.index, torch.full_like(self.index, -1)
+        if self.train:
+            g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+            index = index[torch.randperm(len(index), generator=g)]
+            seeds = torch.randint(2**31, seeds.shape, generator=g)
+        keys = torch.stack([index, seeds], 1)[:self.count].split(self.batch_size)
+        shares = [batch[RANK::WORLD_SIZE] for batch in keys if len(batch) > RANK]  # none is empty
+        for images, labels in self.images.read(shares):
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
-        torch.zeros(1, device=self.device).item()
-        self.seconds = (time.perf_counter() - start) * len(shares) / max(1, len(shares) - 1)  # scaled to all
-
-    def crop(self, index, seeds):
-        """index, seeds (B,) -> images (B, 3, S, S), cropped and flipped as the seeds say, and labels (B,)."""
-        size, shifts = self.size, 2 * (self.size // 8) + 1
-        if not self.train:
-            seeds = torch.full_like(seeds, shifts**2 // 2)  # the centre, not flipped
-        top, left, flip = seeds % shifts, seeds // shifts % shifts, seeds // shifts**2 % 2 == 1
-        along = torch.arange(size, device=self.device)
-        rows = top[:, None] + along                                                         # (B, S)
-        columns = left[:, None] + torch.where(flip[:, None], size - 1 - along, along)       # (B, S)
-        images = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]   # (B, S, S, 3)
-        return images.permute(0, 3, 1, 2), self.labels[index]  # this view is in channels_last order
 
     def normalise(self, images):
         return (images - self.mean) / self.std
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun: one per device
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+if dist.is_torchelastic_launched():  # by torchrun, a process for each device
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
+                                    ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
-def say(*text, **options):
-    if RANK == 0:
-        print(*text, **options, flush=True)
-
-def progress(text):
-    if sys.stdout.isatty():  # a line that rewrites itself; nothing in a file
-        say(f"{text}\033[K", end="\r")
-
-def start_ranks(device):
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def start_ranks(args):
+    if args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        sum_over_ranks(torch.zeros(1, device=device)).item()  # all ranks have looked at --out before one writes there
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
-def sum_over_ranks(tensor):
+def barrier():
     if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        dist.barrier()
 
-def step(network, optimizer, loss, clip):
-    """One step down the gradient averaged over the ranks. What is not on the path keeps its weight and momentum."""
-    optimizer.zero_grad()
-    loss.backward()
-    weights = [weight for weight in network.parameters() if weight.grad is not None]  # one walk: it takes milliseconds
-    for weight in weights if WORLD_SIZE > 1 else []:
-        sum_over_ranks(weight.grad).div_(WORLD_SIZE)  # in the same order on every rank, since all train the same path
-    nn.utils.clip_grad_norm_(weights, clip)
-    optimizer.step()
+def average_over_ranks(tensors):
+    """Replace each tensor by its mean over the ranks, all in one message."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor) / WORLD_SIZE)
 
-def write_file(path, data):
-    """Write text or bytes so that the file is there whole or not at all, whenever the power goes."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was there is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def autocast(device):
+    """bfloat16 on a GPU that has it: older ones only emulate it, slowly."""
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device, torch.bfloat16, enabled=native)
 
-def save_checkpoint(path, settings, parts, log):
-    """Write settings, the state of every part and the log to path, and the log beside it as log.jsonl."""
-    if RANK == 0:
-        buffer = io.BytesIO()
-        torch.save({"settings": settings, "log": log, **{k: part.state_dict() for k, part in parts.items()}}, buffer)
-        write_file(path, buffer.getvalue())
-        write_file(path.with_name("log.jsonl"), "".join(json.dumps(row) + "\n" for row in log))
-
-def load_checkpoint(path, settings, parts, device):
-    """Give every part its state from path -> log. Raises ValueError for a damaged file or one of other settings."""
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-        saved, log, states = state["settings"], state["log"], {name: state[name] for name in parts}
-    except Exception:  # torch.load has many ways to fail
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this script: nothing was changed") from None
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {saved.get(name)}, not {value}: resume with the same")
-    for name, part in parts.items():
-        part.load_state_dict(states[name])
-    return log
-# ==== end ===================================================================================================
-
-# ==== shared: one epoch, and what the user sees =============================================================
-def train_epoch(network, optimizer, batches, sample, title):
-    """One pass over the batches along the path of the sample -> mean loss. Raises ValueError if it is not finite."""
-    total = 0
-    for i, (images, labels) in enumerate(batches):
-        progress(f"{title}  training, batch {i + 1} of {len(batches)}")
-        with torch.autocast(batches.device, torch.bfloat16, enabled=batches.device == "cuda"):
-            loss = F.cross_entropy(network(batches.normalise(images), sample), labels)
-        step(network, optimizer, loss, CLIP)
-        total = total + loss.detach()  # stays on the device: reading it would wait for the step
-    mean = sum_over_ranks(total).item() / len(batches) / WORLD_SIZE
-    norm = nn.utils.get_total_norm([weight for weight in network.parameters() if weight.grad is not None])
-    if not math.isfinite(mean + norm.item()):  # no loss has seen the last step's weights
-        raise ValueError(f"{title}: loss or weights are not finite (loss {mean}) along the path {sample.tolist()}: "
-                         "start again with a smaller --lr; the last checkpoint is that of the epoch before")
+def finite_mean(total, batches, weights):
+    """The mean loss over batches and ranks. InputError if it or a weight is not finite."""
+    average_over_ranks([total])
+    mean = total.item() / len(batches)
+    if not math.isfinite(mean) or not all(w.isfinite().all() for w in weights):
+        raise InputError(f"epoch {batches.epoch + 1}: loss {mean}, or a weight, is not finite: "
+                         "start again with a smaller --lr (the last checkpoint is kept)")
     return mean
 
-@torch.no_grad()
-def evaluate(network, batches, sample, title):
-    """Top-1 accuracy of the path, in [0, 1], the same on every rank."""
-    correct = torch.zeros((), device=batches.device)
-    for i, (images, labels) in enumerate(batches):
-        progress(f"{title}  judging, batch {i + 1} of {len(batches)}")
-        with torch.autocast(batches.device, torch.bfloat16, enabled=batches.device == "cuda"):
-            correct += (network(batches.normalise(images), sample).argmax(1) == labels).sum()
-    return sum_over_ranks(correct).item() / len(batches.index)
+def print0(text):
+    """Print on rank 0. A closed pipe, or a character the terminal lacks, does not stop a run."""
+    if RANK == 0 and sys.stdout:
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        except OSError:  # the reader has closed the pipe
+            sys.stdout = None
 
-def split_halves(pictures, labels, args):
-    """Split the training pictures by the seed -> batches that train the weights, batches that judge a path."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
-    train, judge = order.tensor_split(2)
-    if len(judge) < args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is more than half of the {len(labels)} training pictures")
-    # Judged by the BatchNorm statistics of a batch, a path needs batches of one size: of --batch-size or just under.
-    count = math.ceil(len(judge) / args.batch_size)
-    size = max(1, len(judge) // count // WORLD_SIZE) * WORLD_SIZE
-    return (Batches(pictures, labels, train, args.batch_size, True, args),
-            Batches(pictures, labels, judge[:len(judge) // size * size], size, False, args))
+CHECKPOINT = "checkpoint.pt"
+
+def write_file(path, data):
+    """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if RANK == 0:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+def read_checkpoint(path):
+    """The dict that torch.save() wrote to path. Raises InputError if it is damaged."""
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")  # torch.load does not look at them
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # torch.load has many ways to fail
+        raise InputError(f"{path} is damaged, or not a checkpoint") from None
+
+class Run:
+    """A run in --out: checkpoint.pt, for --resume, and log.jsonl, a JSON object an epoch.
+
+    settings: what --resume must not change. parts: objects to save and restore.
+    """
+    def __init__(self, args, images, **parts):
+        self.folder, self.parts, self.log = args.out, parts, []
+        self.settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
+        self.settings.update(method=METHOD, processes=WORLD_SIZE, images=len(images.labels),
+                             classes=images.classes)
+        if args.resume and (self.folder / CHECKPOINT).exists():
+            saved = read_checkpoint(self.folder / CHECKPOINT)
+            before = saved.get("settings", {})
+            for name, value in self.settings.items():
+                if before.get(name) != value:
+                    raise InputError(f"{self.folder / CHECKPOINT} was made with {name} "
+                                     f"{before.get(name)}, not {value}")
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.log = saved["log"]
+        self.save()  # a folder that cannot be written ends the run here
+        print0(", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "classes"))
+
+    def save(self, name=CHECKPOINT):
+        if RANK == 0:
+            buffer, state = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
+            torch.save({"settings": self.settings, "log": self.log, **state}, buffer)
+            write_file(self.folder / name, buffer.getvalue())
+            lines = [json.dumps(row) + "\n" for row in self.log]
+            write_file(self.folder / "log.jsonl", "".join(lines).encode())
+
+@contextlib.contextmanager
+def open_out(args):
+    """Make the folder --out and lock it. InputError unless it is empty, or a run to resume."""
+    lock = args.out / "lock.tmp"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = [path for path in args.out.iterdir() if path.suffix != ".tmp"]
+        if found and not (args.resume and args.out / CHECKPOINT in found):
+            raise InputError(f"--out {args.out} is not empty: name another folder, or go on with "
+                             f"the run of its {CHECKPOINT} by --resume")
+        file = open(lock, "w")
+        if RANK == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+    except BlockingIOError:
+        raise InputError(f"--out {args.out} is in use by another run") from None
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}") from None
+    barrier()  # all have looked before one writes
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("--resume goes on from the last whole epoch") from None
+    finally:
+        file.close()
+        lock.unlink(missing_ok=True)
+
+def interrupt(*_):
+    """Of Ctrl-C, the first interrupts, and the next are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+def number(kind, least, most):
+    """An argparse type: an int or a float from least to most."""
+    def number(text):
+        if not least <= kind(text) <= most:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {least} and {most}")
+        return kind(text)
+    return number
+
+def check_batch_size(size, num_images):
+    least = 2 * WORLD_SIZE  # two images a process, for BatchNorm
+    if size % WORLD_SIZE or not least <= size <= num_images:
+        raise InputError(f"--batch-size {size} must lie between {least} and {num_images}, the "
+                         f"images there are, and be a multiple of {WORLD_SIZE}, the processes")
+
+# ==== shared: the user ============================================================================
+def open_halves(args):
+    """Split the training images by the seed -> batches that train, batches that validate a path."""
+    images = open_images(args, train=True)
+    g = torch.Generator().manual_seed(args.seed)
+    train, validation = torch.randperm(len(images.labels), generator=g).tensor_split(2)
+    check_batch_size(args.batch_size, len(validation))
+    # BatchNorm takes its statistics from the batch, so all the validation batches have one size.
+    num_batches = math.ceil(len(validation) / args.batch_size)
+    size = max(2, len(validation) // num_batches // WORLD_SIZE) * WORLD_SIZE
+    validation = validation[:len(validation) // size * size]
+    return (Batches(images, train, args.batch_size, True, args),
+            Batches(images, validation, size, False, args))
+
+def print_epoch(log, total_epochs, num_images):
+    row, mean = log[-1], sum(row["seconds"] for row in log) / len(log)
+    left = timedelta(seconds=round(mean * (total_epochs - len(log))))
+    print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  accuracy "
+           f"{row['accuracy']:.2%}  {num_images / row['seconds']:.0f} images/s  {left} left")
 
 def show(probabilities, args):
-    """Print the distribution (E, K): edges down, operations across, the darker the more probable, x where 0."""
-    if args.space == "cell":
-        columns = ["none", "max3", "avg3", "skip", "sep3", "sep5", "dil3", "dil5"]
-        rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
-                for node in range(NUM_NODES) for source in range(2 + node)]
-    else:
+    """Print the distribution (E, K): the darker the more probable, x where 0."""
+    columns = [re.sub(r"_[a-z]+|_|x\d", "", name) for name in PRIMITIVES]  # max_pool_3x3: max3
+    rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
+            for node in range(NUM_NODES) for source in range(2 + node)]
+    if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
-    ramp = "░▒▓█" if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else ".:*#"
-    say(" " * 14 + "".join(f"{column:>6}" for column in columns))
-    for row, values in zip(rows, probabilities):
-        shades = ["x" if p == 0 else 3 * ramp[min(3, int(4 * p / max(values)))] for p in values]
-        say(f"{row:14}" + "".join(f"{shade:>6}" for shade in shades))
+    ramp = "░▒▓█" if "utf" in str(getattr(sys.stdout, "encoding", "")).lower() else ".:*#"
+    print0(" " * 14 + "".join(f"{column:>6}" for column in columns))
+    for row, values in zip(rows, probabilities.tolist()):
+        shades = [3 * ramp[min(3, int(4 * p / max(values)))] if p > 0 else "x" for p in values]
+        print0(f"{row:14}" + "".join(f"{shade:>6}" for shade in shades))
 
-def draw(genotype):
-    """The architecture as Markdown with Mermaid graphs."""
-    graphs = {}
-    if genotype["space"] == "mobile":
-        names = ["image", "3x3 conv", *(f"{k}x{k}, expansion {e}" for k, e in genotype["blocks"]), "1x1 conv", "linear"]
-        graphs["blocks"] = " --> ".join(f'{i}["{name}"]' for i, name in enumerate(names))
-    else:
-        for cell in ("normal", "reduce"):
-            edges = [f"{source} -->|{name}| {2 + i}" for i, node in enumerate(genotype[cell]) for name, source in node]
-            ends = [f"{2 + i} --> output([output])" for i in range(NUM_NODES)]
-            graphs[cell] = "\n    ".join(["0([input 0])", "1([input 1])", *edges, *ends])
-    text = [f"## {title}\n\n```mermaid\ngraph LR\n    {graph}\n```\n" for title, graph in graphs.items()]
-    return "\n".join([f"# {genotype['method']}\n", *text])
-# ==== end ===================================================================================================
+def draw(found, unit, accuracies):
+    """Markdown with Mermaid graphs: the accuracy of each round or epoch, and the cells."""
+    line = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
+    graphs = {"search": ["xychart-beta", f'x-axis "{unit}" 1 --> {len(accuracies)}',
+                         'y-axis "accuracy of the sampled paths, %"', f"line [{line}]"]}
+    for cell in ("normal", "reduce") if "normal" in found else ():
+        graphs[cell] = ["graph LR", "0([input 0])", "1([input 1])"]
+        for node, edges in enumerate(found[cell], 2):
+            graphs[cell] += [f"{source} -->|{operation}| {node}" for operation, source in edges]
+            graphs[cell] += [f"{node} --> output([output])"]
+    return "\n".join(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n"
+                     for title, lines in graphs.items())
+
+def finish(args, run, best, strength, accuracy, unit, accuracies):
+    """Write and print the architecture; accuracy: of the best path in the supernet."""
+    found = (derive_cells(best, strength) if args.space == "cell" else
+             {"backbone": args.backbone, "blocks": [CANDIDATES[choice] for choice in best]})
+    genotype = {"method": METHOD, "space": args.space, **found, "settings": run.settings,
+                "validation_accuracy": accuracy}
+    path = args.out / "genotype.json"
+    write_file(args.out / "cell.md", draw(found, unit, accuracies).encode())
+    write_file(path, (json.dumps(genotype) + "\n").encode())
+    for name, part in found.items():
+        print0("\n    ".join(map(str, [name, *part])) if isinstance(part, list) else part)
+    command = f"python retrain.py --genotype {shlex.quote(str(path))}"
+    if args.dataset != "synthetic":
+        command += f" --data-dir {shlex.quote(str(args.data_dir))}"
+    print0(f"accuracy in the supernet {accuracy:.2%}; to train it alone: {command}")
+# ==== end =========================================================================================
+
+MAY_DIFFER = ["data_dir", "device", "workers", "out", "resume"]  # between a run and its --resume
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=int, default=100, help="of the search")
-    add("--alpha", type=float, default=0.01, help="probability that an operation wins from another")
-    add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up pictures, or real ones")
+    add("--epochs", type=number(int, 1, 10**5), default=100, help="of the search")
+    add("--alpha", type=number(float, 1e-6, 1), default=0.01, help="size of an update")
+    add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up images, or real ones")
     add("--space", choices=("cell", "mobile"), help="search space")
     add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
-    # ==== shared: arguments =================================================================================
-    add("--data-dir", type=Path, default=Path("data"), help="with or for CIFAR-10, or with train/<class>/*")
-    add("--image-size", type=int, help="pixels; pictures up to 64 live on the device")
-    add("--channels", type=int, help="C, of the first cell")
-    add("--cells", type=int, help="how many")
-    add("--batch-size", type=int, help="over all the processes")
-    add("--lr", type=float, help="learning rate of the first epoch")
-    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    # ==== shared: arguments =======================================================================
+    add("--data-dir", type=Path, default=Path("data"), help="of CIFAR-10, or of train/<class>/*")
+    add("--image-size", type=number(int, 4, 1024), help="pixels; up to 64: kept on the device")
+    add("--channels", type=number(int, 2, 4096), help="C, channels of the first cell")
+    add("--cells", type=number(int, 3, 1000), help="number of cells")
+    add("--batch-size", type=number(int, 1, 10**6), help="images a step, all processes together")
+    add("--lr", type=number(float, 1e-8, 1e3), help="learning rate of the first epoch")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read large pictures")
+    add("--workers", type=number(int, 0, 1000), default=min(8, os.cpu_count() or 1),
+        help="processes that read large images")
     add("--out", type=Path, default=Path("runs") / METHOD, help="folder for the results")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    # ==== end ===============================================================================================
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    # ==== end =====================================================================================
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].dataset])
     args = parser.parse_args(argv)
-    # ==== shared: defaults and checks =======================================================================
-    for name, value in DEFAULTS[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, value in vars(args).items():
-        least = {"seed": 0, "workers": 0, "cells": 3}.get(name, 1)
-        if type(value) is int and value < least or type(value) is float and not 0 < value < math.inf:
-            allowed = "a number above 0" if type(value) is float else f"{least} or more"
-            parser.error(f"--{name.replace('_', '-')} {value}: it must be {allowed}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here, use --device cpu")
+    # ==== shared: checks ==========================================================================
+    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
     if args.dataset == "cifar10" and args.image_size != 32:
-        parser.error("--image-size: the pictures of CIFAR-10 have 32 pixels; other sizes go with --dataset imagefolder")
+        parser.error("--image-size: CIFAR-10 has 32 pixels; other sizes with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
-        parser.error(f"--image-size {args.image_size} is not a multiple of 4: two reduction cells halve it twice")
-    if args.batch_size % WORLD_SIZE:
-        parser.error(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes")
-    # ==== end ===============================================================================================
+        parser.error(f"--image-size {args.image_size} must be a multiple of 4, for two reductions")
+    # ==== end =====================================================================================
     return args
 
-# ==== the search ============================================================================================
-def search(args):
-    num_edges, num_ops = ((2 * NUM_EDGES, len(PRIMITIVES)) if args.space == "cell" else
-                          (len(BACKBONES[args.backbone][0]), len(CANDIDATES)))
-    distribution = MultinomialDistribution(num_edges, num_ops, args.epochs, args.alpha, seed=args.seed)
-    # ==== shared: set up ====================================================================================
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, result = args.out / "checkpoint.pt", args.out / "genotype.json"
-    if result.exists() or checkpoint.exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a search that is " + ("finished: name another --out" if result.exists() else
-                         "not finished: go on with --resume, or name another --out"))
-    start_ranks(args.device)
-    pictures, labels, classes = open_pictures(args, train=True)
-    train_half, judge_half = split_halves(pictures, labels, args)
-    torch.manual_seed(args.seed)
-    network = (CellSupernet(args.channels, args.cells, len(classes)) if args.space == "cell" else
-               MobileSupernet(args.backbone, len(classes))).to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distribution.total_epochs, LR_MIN)
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "distribution": distribution}
-    may_change = ("data_dir", "device", "workers", "out", "resume")
-    settings = {k: v for k, v in vars(args).items() if k not in may_change} | {"pictures": len(labels)}
-    log = load_checkpoint(checkpoint, settings, parts, args.device) if checkpoint.exists() else []
-    save_checkpoint(checkpoint, settings, parts, log)  # a folder that cannot be written ends the run here
-    say(*(f"{name} {value}" for name, value in settings.items()), sep=", ")
-    say(f"{len(log)} epochs done, {distribution.total_epochs - len(log)} ahead on {args.device}; results in {args.out}")
-    pictures_an_epoch = len(train_half) * args.batch_size + len(judge_half.index)
-    # ==== end ===============================================================================================
-
-    while not distribution.finished:
-        title = f"epoch {len(log) + 1:3}/{distribution.total_epochs}"
-        sample = distribution.sample()
-        train_half.epoch = len(log)
-        loss = train_epoch(network, optimizer, train_half, sample, title)
-        accuracy = evaluate(network, judge_half, sample, title)
-        distribution.record(sample, accuracy)
-        schedule.step()
-        log.append({"epoch": len(log) + 1, "sample": sample.tolist(), "loss": loss,
-                    "accuracy": accuracy, "seconds": train_half.seconds + judge_half.seconds})
-        save_checkpoint(checkpoint, settings, parts, log)
-        ahead = (distribution.total_epochs - len(log)) * sum(row["seconds"] for row in log) / len(log)
-        say(f"{title}  loss {loss:.3f}  accuracy {accuracy:.2%}  {pictures_an_epoch / log[-1]['seconds']:.0f} "
-            f"pictures/s  {timedelta(seconds=round(ahead))} left")
-        if len(log) % 10 == 0 or distribution.finished:
-            show(distribution.probabilities, args)
-
-    found = (derive_cells(distribution.probabilities) if args.space == "cell" else
-             {"backbone": args.backbone, "blocks": [CANDIDATES[choice] for choice in distribution.best()]})
-    # ==== shared: finish ====================================================================================
-    accuracy = evaluate(network, judge_half, distribution.best(), "the most probable path")
-    genotype = {"method": METHOD, "space": args.space, **found, "settings": settings, "validation_accuracy": accuracy}
-    if RANK == 0:
-        write_file(args.out / "cell.md", draw(genotype))
-        write_file(result, json.dumps(genotype) + "\n")
-    progress("")
-    for name, part in found.items():
-        say(name, *(part if isinstance(part, list) else [part]), sep="\n    ")
-    say(f"accuracy in the supernet {accuracy:.2%}; to train it alone: python retrain.py --genotype {result}"
-        + (f" --data-dir {args.data_dir}" if args.dataset != "synthetic" else ""))
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-
-def main(argv=None):
-    """Search, and return the exit code; what a user can mend becomes one line on stderr."""
+def main(argv=None, distribution_class=MultinomialDistribution):
+    """Search -> exit code; a fault of the input is one line on stderr, and code 2."""
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        search(parse_args(argv))
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on from the last whole epoch", file=sys.stderr)
+        args = parse_args(argv)
+        num_edges, num_ops = ((2 * NUM_EDGES, len(PRIMITIVES)) if args.space == "cell" else
+                              (len(BACKBONES[args.backbone][0]), len(CANDIDATES)))
+        start_ranks(args)
+        with open_out(args):
+            search(args, distribution_class(num_edges, num_ops, args.epochs, args.alpha, args.seed))
+    # ==== shared: how it ends =====================================================================
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted. {error}", file=sys.stderr)
         return 130
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # the last line: above it may stand a traceback
-        print(f"{METHOD}.py: error: {str(error).splitlines()[-1]}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = re.search("(out of|allocate) memory", str(error))
+        if isinstance(error, RuntimeError) and not out_of_memory:
+            raise
+        lines = str(error).strip().splitlines() or ["out of memory"]  # the last ends a worker's
+        print(f"{METHOD}.py: error: {lines[-1].rpartition('InputError: ')[2]}", file=sys.stderr)
         return 2
-    # ==== end ===============================================================================================
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+    # ==== end =====================================================================================
 
 if __name__ == "__main__":
     sys.exit(main())
