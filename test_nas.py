@@ -1636,3 +1636,33 @@ def test_file_that_is_no_genotype(content, words, tmp_path):
 def test_missing_genotype_and_options_that_do_not_fit_it(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(retrain, [*argv.split(), "--device", "cpu"], tmp_path, *words)
+
+# ==== the README ==================================================================================
+def test_own_method_and_table_of_the_readme(tmp_path):
+    """Its first two Python blocks, as they stand; the third with fewer seeds."""
+    text = (HERE / "README.md").read_text()
+    own_method, table, exercises = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[:3]
+    assert len(own_method.splitlines()) <= 20 and "range(200)" in exercises
+    (tmp_path / "table.py").write_text(table + exercises.replace("range(200)", "range(3)"))
+    (tmp_path / "own.py").write_text(own_method)
+    options = "--epochs 8 --channels 2 --image-size 8 --batch-size 96 --device cpu".split()
+    processes = [subprocess.Popen(
+        [sys.executable, *command], cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE)
+        for command in (["table.py"], ["own.py", *options])]
+    (printed, _), _ = (process.communicate(timeout=100) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    best, found, largest, *regrets = re.findall(r"\[.*\]|[\d.]+", printed)
+    assert len(json.loads(best)) == 6 and 0 < float(found) <= float(largest) <= 1
+    assert 0 < float(regrets[0]) < float(regrets[2]) < 1.5  # DDP-NAS is nearer to the best
+    out = tmp_path / "runs" / "random_search"
+    log, genotype = read_log(out), read_genotype(out)
+    winner = max(log, key=lambda row: row["accuracy"])["sample"]
+    on_edges = {(cell, i, source): winner[edge] for edge, (cell, i, source) in enumerate(
+        (cell, i, source) for cell in ("normal", "reduce") for i in range(4)
+        for source in range(2 + i))}
+    for cell, i in itertools.product(("normal", "reduce"), range(4)):
+        for name, source in genotype[cell][i]:
+            others = [on_edges[cell, i, other] for other in range(2 + i)]
+            if sum(op > 0 for op in others) >= 2:  # enough edges that are not `none`
+                assert ddp_nas.PRIMITIVES[on_edges[cell, i, source]] == name
+    assert len(log) == 8 and len({tuple(row["sample"]) for row in log}) == 8
