@@ -570,11 +570,13 @@ class Run:
         self.save()  # a folder that cannot be written ends the run here
         print0(", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "classes"))
 
-    def save(self, name=CHECKPOINT):
+    def save(self, names=(CHECKPOINT,)):
+        """Write the state under each name, in this order, then log.jsonl."""
         if RANK == 0:
             buffer, state = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
             torch.save({"settings": self.settings, "log": self.log, **state}, buffer)
-            write_file(self.folder / name, buffer.getvalue())
+            for name in names:
+                write_file(self.folder / name, buffer.getvalue())
             lines = [json.dumps(row) + "\n" for row in self.log]
             write_file(self.folder / "log.jsonl", "".join(lines).encode())
 

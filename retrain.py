@@ -434,9 +434,8 @@ def train(args):
         run.log.append({"epoch": epoch + 1, "loss": loss, "top1_error": top1, "top5_error": top5,
                         "seconds": seconds})
         best = min(run.log, key=lambda row: row["top1_error"])
-        if best is run.log[-1]:  # on the test images: an optimistic choice
-            run.save("best.pt")
-        run.save()
+        is_best = best is run.log[-1]  # on the test images: an optimistic choice
+        run.save(["best.pt", CHECKPOINT] if is_best else [CHECKPOINT])
         mean = sum(row["seconds"] for row in run.log) / len(run.log)
         print0(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.3f}  top-1 error {top1:.2%}  top-5 "
                f"error {top5:.2%}  {(batches.count + test_batches.count) / seconds:.0f} images/s  "
@@ -711,11 +710,13 @@ class Run:
         self.save()  # a folder that cannot be written ends the run here
         print0(", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "classes"))
 
-    def save(self, name=CHECKPOINT):
+    def save(self, names=(CHECKPOINT,)):
+        """Write the state under each name, in this order, then log.jsonl."""
         if RANK == 0:
             buffer, state = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
             torch.save({"settings": self.settings, "log": self.log, **state}, buffer)
-            write_file(self.folder / name, buffer.getvalue())
+            for name in names:
+                write_file(self.folder / name, buffer.getvalue())
             lines = [json.dumps(row) + "\n" for row in self.log]
             write_file(self.folder / "log.jsonl", "".join(lines).encode())
 

@@ -1130,10 +1130,10 @@ dist.init_process_group = dist.destroy_process_group = lambda *args: None
 for script, more in ((ddp_nas, ["--passes", "1", "--space", "mobile"]),
                      (mdenas, ["--epochs", "4", *cells]),
                      (retrain, ["--epochs", "3", "--genotype", "random:0", *cells])):
-    def save_and_tell(run, name="checkpoint.pt", save=script.Run.save):
+    def save_and_tell(run, names=("checkpoint.pt",), save=script.Run.save):
         states = {name: part.state_dict() for name, part in run.parts.items()}
         torch.save({"log": run.log, **states}, here / f"{run.folder.name}_{rank}.pt")
-        save(run, name)
+        save(run, names)
     script.Run.save = save_and_tell
     assert script.main([*common, *more, "--out", str(here / script.METHOD)]) == 0
 
