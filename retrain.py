@@ -34,7 +34,7 @@ DEFAULTS = {  # per data set, the size of the images and of a network of cells
 CIFAR10 = dict(epochs=600, batch_size=96, lr=0.025, decay="cosine", weight_decay=3e-4,
                norm_decay=3e-4, clip=5.0, smoothing=0.0, auxiliary=0.4, drop_path=0.2,
                cutout=0.5)  # side of the square / side of the image: 16 of 32 pixels
-SYNTHETIC = {**CIFAR10, "epochs": 30, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
+SYNTHETIC = {**CIFAR10, "epochs": 15, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
 IMAGENET_CELL = dict(epochs=250, batch_size=512, lr=0.1, decay=0.97, weight_decay=3e-5,
                      norm_decay=3e-5, clip=5.0, smoothing=0.1, auxiliary=0.4, drop_path=0.0,
                      cutout=0.0)
