@@ -1,33 +1,34 @@
 """Dynamic Distribution Pruning for Efficient Network Architecture Search (arXiv:1905.13543).
 
-    python ddp_nas.py                      # made-up images, about 2 minutes on 2 CPU cores
+    python ddp_nas.py                      # synthetic images, about 2 minutes on one CPU core
     python ddp_nas.py --dataset cifar10    # the paper's search on CIFAR-10
     python ddp_nas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
-An architecture says which of K operations stands on each edge, a place in the network. One epoch of
-search samples an architecture, trains the shared weights along that single path on one half of the
-training images, and measures the accuracy of the path on the other half. Once every operation left
-was sampled T times, each edge loses the one with the lowest score. The last one left stays.
+An architecture picks one of K operations for each of E edges. An edge is a connection inside a
+cell, or a block of a chain. One epoch of search samples an architecture, trains the shared weights
+along that single path on one half of the training images, and measures the accuracy of the path on
+the other half. Once every remaining operation was sampled T times, each edge loses the operation
+with the lowest score. The survivors are the result.
 
 Blocks marked `shared` are the same, to the character, in mdenas.py, and some in retrain.py.
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C while torch is imported
-import argparse, contextlib, fcntl, functools, io, json, math, os, re, shlex, sys, time, zipfile
+import argparse, functools, hashlib, io, json, math, os, shlex, sys, time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 METHOD = "ddp_nas"
+OPTIONS = {  # of the distribution: its default, what it means
+    "passes": (3, "T: how often each operation is sampled before one is pruned")}
 PAPER = dict(space="cell", channels=16, cells=8, image_size=32, batch_size=512, lr=0.025)
 DEFAULTS = {  # by data set
     "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=32, lr=0.1),
-    "cifar10": PAPER, "imagefolder": PAPER,
+    "cifar10": PAPER, "cifar100": PAPER, "imagefolder": PAPER,
     "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
 LR_MIN = 0.001                        # learning rate at the end of the cosine
@@ -43,7 +44,8 @@ class DynamicDistribution:
 
         theta <- mean over passes of softmax over operations of (100 accuracy) + decay theta
 
-    and the operation with the smallest is pruned from every edge.
+    and the operation with the smallest is pruned from every edge. The softmax takes the accuracy
+    in percent: that is the 100.
     """
     def __init__(self, num_edges, num_ops, passes=3, decay=0.5, seed=0):
         self.passes, self.decay = passes, decay  # T, and how much of the old theta stays
@@ -62,6 +64,11 @@ class DynamicDistribution:
         theta = self.theta * self.alive
         return theta / theta.sum(1, keepdim=True)
 
+    @property
+    def scores(self):
+        """(E, K): theta. In the found cell, the 2 edges of the highest scores enter a node."""
+        return self.theta
+
     def best(self):
         """The alive operation of the highest score on every edge, a list of E indices."""
         return self.probabilities.argmax(1).tolist()
@@ -70,8 +77,8 @@ class DynamicDistribution:
         """The architecture of the next epoch: an operation for every edge, a list of E indices."""
         step = self.epoch % self.num_alive
         if step == 0:  # a new pass: on each edge its own permutation of the alive operations
-            keys = torch.rand(self.alive.shape, generator=self.rng) + ~self.alive  # pruned: >= 1
-            self.order = keys.argsort(1)[:, :self.num_alive]
+            keys = torch.rand(self.alive.shape, generator=self.rng).masked_fill(~self.alive, 2)
+            self.order = keys.argsort(1)[:, :self.num_alive]  # the pruned ones would come last
         return self.order[:, step].tolist()
 
     def record(self, sample, accuracy):
@@ -90,7 +97,10 @@ class DynamicDistribution:
 
     # ==== shared: state ===========================================================================
     def state_dict(self):
-        """Everything the distribution holds, its random generator included."""
+        """Every attribute, the state of the random generator included; a checkpoint holds it.
+
+        A subclass keeps its own attributes to tensors, numbers, strings, lists and dicts.
+        """
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
@@ -105,75 +115,84 @@ def check_accuracy(accuracy):
 # ==== shared: one epoch ===========================================================================
 def train_epoch(network, optimizer, batches, sample):
     """One pass over the batches along the path of the sample (E,) -> mean loss."""
-    total, weights = torch.zeros((), device=batches.device), []
+    weights = list(network.parameters())  # SGD leaves those off the path alone: no gradient
+    total_loss = torch.zeros((), device=batches.device)
     for images, labels in batches:
         with autocast(batches.device):
-            loss = F.cross_entropy(network(batches.normalise(images), sample), labels)
+            logits = network(batches.normalise(images), sample)
+            loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
-        if not weights:  # those off the path have no gradient: SGD leaves them as they are
-            weights = [weight for weight in network.parameters() if weight.grad is not None]
-        average_over_ranks([weight.grad for weight in weights])
+        average_gradients(weights)
         nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        total += loss.detach()  # not .item(): that would wait for the device
-    return finite_mean(total, batches, weights)
+        total_loss += loss.detach()  # not .item(): that would wait for the device
+        batches.sign_of_life(total_loss)
+    return finite_mean(total_loss, batches, weights)
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
-    correct = torch.zeros((), device=batches.device)
+    num_correct = torch.zeros((), device=batches.device)
     for images, labels in batches:
         with autocast(batches.device):
             logits = network(batches.normalise(images), sample)
-        correct += (logits.argmax(1) == labels).sum()
-    average_over_ranks([correct])
-    return correct.item() * WORLD_SIZE / batches.count  # mean over ranks x ranks: the sum
+        num_correct += (logits.argmax(1) == labels).sum()
+        batches.sign_of_life()
+    return sum_over_ranks(num_correct).item() / batches.num_images
 
 # ==== the search ==================================================================================
-def search(args, distribution):
+def search(args, distribution, method=METHOD):
     """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
-    train_half, validation_half = open_halves(args)
-    torch.manual_seed(args.seed)
-    num_classes = len(train_half.images.classes)
-    network = (CellSupernet(args.channels, args.cells, num_classes) if args.space == "cell" else
-               MobileSupernet(args.backbone, num_classes))
-    network.to(args.device, memory_format=torch.channels_last)
+    checkpoint = from_process_0(open_out, args)  # machines need not share the folder
+    train_half, validation_half = split_training_images(args)
+    torch.manual_seed(args.seed)  # of the weights
+    network = build_supernet(args, num_classes=len(train_half.dataset.classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, distribution.total_epochs, min(LR_MIN, args.lr))
-    run = Run(args, train_half.images, network=network, optimizer=optimizer, schedule=schedule,
-              distribution=distribution)
+    run = Run(args, method, train_half.dataset, checkpoint, network=network, optimizer=optimizer,
+              schedule=schedule, distribution=distribution)
 
     for epoch in range(len(run.log), distribution.total_epochs):  # --resume: from the log's end
-        start, num_alive = time.perf_counter(), distribution.num_alive
+        start = time.perf_counter()
+        num_alive = count_alive(distribution)
         sample = distribution.sample()
-        train_half.epoch = epoch  # the seed of shuffle and augmentation
+        train_half.set_epoch(epoch)
         loss = train_epoch(network, optimizer, train_half, sample)
         accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
         schedule.step()
-        run.log.append({"epoch": epoch + 1, "alive": num_alive, "sample": sample,
-                        "loss": loss, "accuracy": accuracy, "seconds": time.perf_counter() - start})
+        run.log.append({"epoch": epoch + 1, "alive": num_alive, "sample": sample, "loss": loss,
+                        "accuracy": accuracy, "seconds": time.perf_counter() - start})
         run.save()
-        print_epoch(run.log, distribution.total_epochs, train_half.count + validation_half.count)
-        if distribution.num_alive < num_alive:  # a round has ended
-            show(distribution.probabilities, args)
+        print_epoch(run.log, distribution.total_epochs,
+                    train_half.num_images + validation_half.num_images)
+        if count_alive(distribution) < num_alive:  # a round has ended
+            print_distribution(distribution.probabilities, args)
 
     rounds = {}  # k -> the accuracies of its round
     for row in run.log:
         rounds.setdefault(row["alive"], []).append(row["accuracy"])
     means = [sum(accuracies) / len(accuracies) for accuracies in rounds.values()]
     accuracy = evaluate(network, validation_half, distribution.best())
-    finish(args, run, distribution.best(), distribution.theta, accuracy, "round", means)
+    write_results(args, run, distribution, accuracy, "round", means)
+
+def count_alive(distribution):
+    """k, the largest number of operations that an edge can still choose from."""
+    return (distribution.probabilities > 0).sum(1).max().item()
 
 # ==== shared: operations ==========================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.AvgPool2d):  # with a kernel of 1: zeros of the size that the stride leaves
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
     def forward(self, x):
-        return torch.zeros_like(super().forward(x))
+        return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 class FactorizedReduce(nn.Module):
     """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
@@ -202,7 +221,7 @@ def sep_conv(c, kernel, stride, norm):
                          depthwise_separable(c, kernel, 1, 1, norm))
 
 OPS = {  # the space of cells: the candidates of an edge, `none` first
-    "none": lambda c, stride, norm: Zero(1, stride),
+    "none": lambda c, stride, norm: Zero(stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
         nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm(c)),
@@ -213,7 +232,10 @@ OPS = {  # the space of cells: the candidates of an edge, `none` first
     "dil_conv_3x3": lambda c, stride, norm: depthwise_separable(c, 3, stride, 2, norm),
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
-PRIMITIVES = list(OPS)
+
+# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node. The
+# sources 0 and 1 are the inputs of the cell, 2 to 5 its nodes, of which the output is made.
+Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
 # channels, stride) of every block, and the width of the head.
@@ -250,14 +272,14 @@ class SupernetCell(nn.Module):
         super().__init__()
         norm = functools.partial(SupernetNorm, affine=False)
         self.reduction = reduction
-        older = FactorizedReduce if reduction_prev else relu_conv_bn
-        self.preprocess0 = older(c_prev_prev, c, norm)
+        preprocess = FactorizedReduce if reduction_prev else relu_conv_bn
+        self.preprocess0 = preprocess(c_prev_prev, c, norm)
         self.preprocess1 = relu_conv_bn(c_prev, c, norm)
         self.edges = nn.ModuleList()  # (14, 8)
         for node in range(NUM_NODES):
             for source in range(2 + node):
                 stride = 2 if reduction and source < 2 else 1
-                self.edges.append(nn.ModuleList(OPS[name](c, stride, norm) for name in PRIMITIVES))
+                self.edges.append(nn.ModuleList(op(c, stride, norm) for op in OPS.values()))
 
     def forward(self, s0, s1, sample):
         """s0, s1: outputs of the last two cells, older first; sample (14,) -> (B, 4 C, H, W)."""
@@ -269,7 +291,7 @@ class SupernetCell(nn.Module):
                 operation = self.edges[edge][sample[edge]]
                 values.append(operation(state))
                 edge += 1
-            states.append(functools.reduce(torch.add, values))
+            states.append(sum(values))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
@@ -300,7 +322,7 @@ class MobileSupernet(nn.Module):
     """A chain of MBConv blocks. sample (14 or 20,): the candidate of every block."""
     def __init__(self, backbone, num_classes):
         super().__init__()
-        norm = functools.partial(SupernetNorm, eps=1e-3)
+        norm = functools.partial(SupernetNorm, eps=1e-3)  # and 40 channels, as the authors have
         blocks, head = BACKBONES[backbone]
         c_in = 40
         self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
@@ -319,40 +341,113 @@ class MobileSupernet(nn.Module):
             x = candidates[choice](x)
         return self.linear(self.head_conv(x).mean((2, 3)))
 
-def derive_cells(best, strength):
-    """best: an operation for each of 28 edges, strength (28, 8) -> {"normal": ..., "reduce": ...}.
+def build_supernet(args, num_classes):
+    if args.space == "cell":
+        network = CellSupernet(args.channels, args.cells, num_classes)
+    else:
+        network = MobileSupernet(args.backbone, num_classes)
+    return network.to(args.device, memory_format=torch.channels_last)
 
-    A cell is a list of 4 nodes; a node keeps its 2 strongest edges, each as [operation, source].
-    Where the best operation is `none`, the strongest other one, pruned or not, takes its place.
+def derive_cells(best, scores):
+    """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
+
+    A node keeps its 2 edges of the highest scores. Where the best operation is `none`, the other
+    operation of the highest score, pruned or not, takes its place.
     """
-    cells, edge = {"normal": [], "reduce": []}, 0
-    for nodes in cells.values():
+    names, cells, edge = list(OPS), [], 0
+    for _ in ("normal", "reduce"):
+        pairs = []
         for num_sources in range(2, 2 + NUM_NODES):
             edges = []
             for source in range(num_sources):
                 op = best[edge]
-                if PRIMITIVES[op] == "none":
-                    op = 1 + strength[edge, 1:].argmax().item()
-                edges.append((strength[edge, op].item(), source, PRIMITIVES[op]))
+                if names[op] == "none":
+                    op = 1 + scores[edge, 1:].argmax().item()
+                edges.append((scores[edge, op].item(), source, names[op]))
                 edge += 1
             strongest = sorted(edges)[-2:]
             strongest.sort(key=lambda item: item[1])  # by source
-            nodes.append([[name, source] for _, source, name in strongest])
-    return cells
+            pairs += [(name, source) for _, source, name in strongest]
+        cells.append(pairs)
+    normal, reduce = cells
+    return Genotype(normal, range(2, 2 + NUM_NODES), reduce, range(2, 2 + NUM_NODES))
 
 # ==================================================================================================
-# Nothing of the papers stands below: images, ranks, files, what the user sees, arguments, main
+# Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
 
-# ==== shared: images, ranks, files ================================================================
+# ==== shared: images ==============================================================================
 class InputError(Exception):
-    """What the user can fix: one line. An error of the program keeps its traceback."""
+    """Invalid input, reported in one line. Any other exception keeps its traceback."""
 
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other
-SMALL = 64  # pixels: up to this size all the images live on the device, as one tensor
+            "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other data set
+SMALL = 64  # pixels: up to this size all the images are kept on the device, as one tensor
+
+# images (N, 3, S, S) uint8 and labels (N,) on the device; classes, facts: as in ImageFolder
+SmallImages = namedtuple("SmallImages", "images labels classes facts")
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """The images <folder>/<class>/*, each read when it is needed.
+
+    A key is (index of an image, seed of its augmentation); without augmentation, the seed is None.
+    facts: what must be the same in every process, and when a run resumes.
+    """
+    def __init__(self, folder, size):
+        formats = Image.registered_extensions()
+        suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        def is_image(path):  # no hidden file, and none in a hidden folder
+            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[len(str(folder)):]
+        try:
+            super().__init__(folder, is_valid_file=is_image)
+        except OSError as error:  # no such folder, or a class without images
+            raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
+        names = repr([path[len(str(folder)):] for path, _ in self.samples])
+        self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
+        self.facts["number of images"] = len(self.samples)
+        self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.labels = torch.tensor(self.targets)
+        self.plain = plain_transform(size)
+        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory)
+                       if entry.is_dir() and not entry.name.startswith("."))
+        if len(names) < 2:
+            raise InputError(f"--data-dir: {directory} must hold a folder for each of two or more "
+                             f"classes; it holds {', '.join(names) or 'none'}")
+        return names, {name: label for label, name in enumerate(names)}
+
+    def __getitem__(self, key):
+        index, seed = key
+        path, label = self.samples[index]
+        image = open_rgb(path)
+        if seed is None:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
+            return self.augmented(image), label
+
+def open_rgb(path):
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
+            raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
+        return upright_rgb(image)
+    except Exception as error:  # PIL raises many kinds
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+
+def upright_rgb(image):
+    return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs lying
+
+def plain_transform(size):
+    """PIL image -> (3, size, size) uint8, without augmentation."""
+    resized = size if size <= SMALL else size * 256 // 224  # ImageNet: 256, then the central 224
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Images of two gratings under noise -> (count, size, size, 3) uint8, labels (count,), names.
+    """Synthetic images, two gratings under noise -> SmallImages of (count, 3, size, size).
 
     The class is the pair of their angles, the same for a mirror image: training flips images.
     """
@@ -368,390 +463,467 @@ def make_gratings(count, size, seed):
     angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
     distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
-    images = torch.einsum("nwyx,nwc->nyxc", waves, colour)
-    images = images + 0.8 * torch.randn(count, size, size, 3, generator=g)
-    names = [f"angles {a} and {b}" for a, b in pairs.tolist()]
-    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, names
+    images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
+    images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
+    classes = [f"angles {a} and {b}" for a, b in pairs.tolist()]
+    return SmallImages((128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes, {})
 
-class ImageTensor:
-    """Small images, all on the device. images (N, S, S, 3) uint8, labels (N,)."""
-    def __init__(self, images, labels, classes, device):
-        size, self.labels, self.classes = images.shape[1], labels.to(device), classes
-        pad = size // 8  # 4 pixels for images of 32
-        padded = F.pad(images.to(device), (0, 0, pad, pad, pad, pad))
-        self.crops = padded.unfold(1, size, 1).unfold(2, size, 1)  # (N, shifts, shifts, 3, S, S)
+def read_cifar(args, train):
+    name = args.dataset.upper()
+    try:
+        for rank in range(WORLD_SIZE):  # one after the other: the next finds what one downloaded
+            if rank == RANK:
+                data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
+            sum_over_ranks(torch.zeros(1, device=args.device))  # waits for all the processes
+    except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
+        raise InputError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                         f"downloaded: {error}") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return SmallImages(images, torch.tensor(data.targets), data.classes, {})
 
-    def read(self, batches):
-        """Yield images (B, 3, S, S), labels (B,) for each batch of keys (B, 2), see Batches."""
-        shifts = self.crops.shape[1]  # a seed holds the shift in y, in x and the flip, as digits
-        for keys in batches:
-            index, seeds = keys.to(self.labels.device, non_blocking=True).T
-            seeds = torch.where(seeds < 0, shifts**2 // 2, seeds)  # -1: the centre, not flipped
-            images = self.crops[index, seeds % shifts, seeds // shifts % shifts]
-            flip = (seeds // shifts**2 % 2 == 1)[:, None, None, None]
-            yield torch.where(flip, images.flip(3), images), self.labels[index]
-
-class Folder(torchvision.datasets.ImageFolder):
-    """Large images, <folder>/<class>/*, each read when a batch needs it."""
-    def __init__(self, folder, args):
-        super().__init__(folder)
-        folders = {os.path.dirname(path) for path, _ in self.samples}
-        if len({os.path.realpath(path) for path in folders}) < len(folders):
-            raise InputError(f"{folder}: a symbolic link leads to images that are there already")
-        if len(self.classes) < 2:
-            raise InputError(f"{folder} holds one class only, {self.classes[0]}: two are needed")
-        size, self.args, self.labels = args.image_size, args, torch.tensor(self.targets)
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
-                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
-        resized = size if size <= SMALL else size * 256 // 224
-        self.plain = v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __getitem__(self, key):
-        (path, label), seed = self.samples[key[0]], key[1]
-        try:
-            image = Image.open(path)
-            if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
-                raise ValueError(f"pixels of 8 bits are needed, not {image.mode}")
-            image = image.convert("RGB")
-        except Exception as error:  # PIL raises many kinds
-            raise InputError(f"{path} cannot be read as an image: {error}") from None
-        if seed < 0:
-            return self.plain(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
-            return self.augmented(image), label
-
-    def read(self, batches):
-        return torch.utils.data.DataLoader(
-            self, batch_sampler=[keys.tolist() for keys in batches], num_workers=self.args.workers,
-            pin_memory=self.args.device == "cuda", generator=torch.Generator())
+def read_whole_folder(folder, args):
+    """ImageFolder -> SmallImages. Each process reads a share of the files."""
+    share = range(RANK, len(folder), WORLD_SIZE)
+    images = torch.zeros(len(folder), 3, args.image_size, args.image_size, dtype=torch.uint8)
+    loader = torch.utils.data.DataLoader(folder, batch_size=None, num_workers=args.workers,
+                                         sampler=[(index, None) for index in share])
+    for index, (image, _) in zip(share, loader):
+        images[index] = image
+        if silent_for_a_minute():
+            print0(f"    read {index:,} of {len(folder):,} images")
+    images = sum_over_ranks(images.to(args.device))  # what other processes read is 0 here
+    return SmallImages(images, folder.labels, folder.classes, folder.facts)
 
 def open_images(args, train):
-    """The images for training, or for the test -> ImageTensor, or Folder above SMALL pixels."""
+    """The training or the test images -> SmallImages, above SMALL pixels ImageFolder."""
     if args.dataset == "synthetic":
-        images = make_gratings(768 if train else 1000, args.image_size, 2 * args.seed + train)
-    elif args.dataset == "cifar10":
-        try:
-            if RANK == 0:
-                torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
-            barrier()
-            data = torchvision.datasets.CIFAR10(args.data_dir, train)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--data-dir: {args.data_dir} has no CIFAR-10, or a damaged one, and "
-                             f"there is no network to download it ({error})") from None
-        images = torch.from_numpy(data.data), torch.tensor(data.targets), data.classes
+        count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
+        dataset = make_gratings(count, args.image_size, seed)
+    elif args.dataset in ("cifar10", "cifar100"):
+        dataset = read_cifar(args, train)
     else:
-        folder = Folder(args.data_dir / ("train" if train else "val"), args)
+        dataset = ImageFolder(args.data_dir / ("train" if train else "val"), args.image_size)
+        compare_processes(dataset.facts)
+    print0(f"{len(dataset.labels):,} {'training' if train else 'test'} images of "
+           f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:5])} ...")
+    if isinstance(dataset, ImageFolder):
         if args.image_size > SMALL:
-            return folder
-        pixels = [folder[i, -1][0].permute(1, 2, 0) for i in range(len(folder))]
-        images = torch.stack(pixels), folder.labels, folder.classes
-    return ImageTensor(*images, args.device)
+            return dataset
+        dataset = read_whole_folder(dataset, args)
+    return dataset._replace(images=dataset.images.to(args.device),
+                            labels=dataset.labels.to(args.device))
+
+# ==== shared: batches =============================================================================
+def shift_and_flip(images, g):
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
+    count, _, _, size = images.shape
+    pad = size // 8  # 4 pixels for images of 32
+    y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
+    mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
+    crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
+    images = crops[torch.arange(count), :, y, x]  # of (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
-    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a rank gets its share.
+    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a process gets its share.
 
-    They are read by keys: (index of an image, seed of its augmentation, -1: none). Training batches
-    are shuffled, augmented and all full, as follows from the seed and `epoch` alone.
+    dataset: see open_images; index (N,): which of its images. Training batches are shuffled,
+    augmented and all full. What is random in them follows from the seed and the epoch alone, so
+    that --resume is exact.
     """
-    def __init__(self, images, index, batch_size, train, args):
-        self.images, self.index, self.batch_size, self.train = images, index, batch_size, train
+    def __init__(self, dataset, index, batch_size, train, args):
+        self.dataset, self.index, self.batch_size, self.train = dataset, index, batch_size, train
+        self.num_images = len(index) // batch_size * batch_size if train else len(index)
         self.device, self.seed, self.epoch = args.device, args.seed, 0
-        self.count = len(index) // batch_size * batch_size if train else len(index)
-        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]))
-        self.mean, self.std = 255 * mean_std.view(2, 3, 1, 1).to(args.device)
+        mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
+        self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
+        if isinstance(dataset, ImageFolder):
+            self.keys = []  # a list of keys for each batch: the loader reads it at an epoch's start
+            self.loader = torch.utils.data.DataLoader(
+                dataset, batch_sampler=self.keys, num_workers=args.workers,
+                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda",
+                generator=torch.Generator())  # or it would draw from the global one
 
     def __len__(self):
-        return math.ceil(self.count / self.batch_size)
+        return math.ceil(self.num_images / self.batch_size)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def __iter__(self):
-        index, seeds = self.index, torch.full_like(self.index, -1)
+        self.start = time.perf_counter()
+        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        index = self.index
         if self.train:
-            g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
             index = index[torch.randperm(len(index), generator=g)]
-            seeds = torch.randint(2**31, seeds.shape, generator=g)
-        keys = torch.stack([index, seeds], 1)[:self.count].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE] for batch in keys if len(batch) > RANK]  # none is empty
-        for images, labels in self.images.read(shares):
+        batches = index[:self.num_images].split(self.batch_size)
+        batches = [batch for batch in batches if len(batch) > RANK]  # the last may be smaller
+        read = self.read_files if isinstance(self.dataset, ImageFolder) else self.read_memory
+        for self.step, (images, labels) in enumerate(read(batches, g), 1):
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
+
+    def read_memory(self, batches, g):
+        for batch in batches:
+            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+            if self.train:
+                images = shift_and_flip(images, g)  # the whole batch, alike in every process
+            yield images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]
+
+    def read_files(self, batches, g):
+        self.keys.clear()
+        for batch in batches:
+            seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
+            keys = list(zip(batch.tolist(), seeds if self.train else [None] * len(batch)))
+            self.keys.append(keys[RANK::WORLD_SIZE])
+        yield from self.loader
 
     def normalise(self, images):
         return (images - self.mean) / self.std
 
+    def sign_of_life(self, total_loss=None):
+        """Print how far the epoch is, where nothing was printed for a minute."""
+        if silent_for_a_minute():
+            seconds = time.perf_counter() - self.start
+            left = timedelta(seconds=round(seconds * (len(self) / self.step - 1)))
+            loss = "" if total_loss is None else f"  loss {total_loss.item() / self.step:.3f}"
+            name = f"epoch {self.epoch + 1}, training" if self.train else "validation"
+            print0(f"    {name} step {self.step}/{len(self)}{loss}  "
+                   f"{self.step * self.batch_size / seconds:.0f} images/s  {left} left of it")
+
+def check_batch_size(size, num_images):
+    if size > num_images:
+        raise InputError(f"--batch-size {size} is larger than the {num_images} images there are")
+    if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
+        raise InputError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
+                         "processes, and give each of them at least 2 images")
+
+# ==== shared: processes ===========================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun, a process for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
-def start_ranks(args):
+def start_processes(args):
+    """Set up the device, and connect the processes."""
+    if args.dataset == "synthetic" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # images this small leave a second thread waiting
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    compare_processes(fixed_options(args))
 
-def barrier():
+def compare_processes(facts):
+    """Raise an InputError in every process unless all have the same facts, a dict."""
+    everyone = [facts] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.barrier()
+        dist.all_gather_object(everyone, facts)
+    for rank, others in enumerate(everyone):
+        check_same(others, everyone[0], f"in process {rank}", "in process 0")
+
+def check_same(ours, theirs, here, there):
+    """Raise an InputError that names the first entry in which two dicts differ."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            option = name if " " in name else f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is {value} {here}, but {theirs.get(name)} {there}")
+
+def from_process_0(function, args):
+    """What function(args) returns, or raises as an InputError, in process 0: in every process."""
+    result = [None]
+    if RANK == 0:
+        try:
+            result = [function(args)]
+        except InputError as error:
+            result = [error]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
+
+def sum_over_ranks(tensor):
+    """Replace the tensor by its sum over the processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 def average_over_ranks(tensors):
-    """Replace each tensor by its mean over the ranks, all in one message."""
+    """Replace each tensor by its mean over the processes, all in one message."""
     if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / WORLD_SIZE)
+        flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / WORLD_SIZE
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+def average_gradients(weights):
+    """Over the processes. DistributedDataParallel would send those off the path as well."""
+    average_over_ranks([weight.grad for weight in weights if weight.grad is not None])
+
+def finite_mean(total_loss, batches, weights):
+    """The mean loss of an epoch. InputError if it, or a weight that was trained, is not finite."""
+    average_over_ranks([total_loss])
+    loss = total_loss.item() / len(batches)
+    finite = torch.stack([w.isfinite().all() for w in weights if w.grad is not None]).all()
+    if not (math.isfinite(loss) and finite):
+        raise InputError(f"epoch {batches.epoch + 1}: the loss, {loss}, or a weight is not finite: "
+                         "start again with a smaller --lr (the last checkpoint is kept)")
+    return loss
 
 def autocast(device):
     """bfloat16 on a GPU that has it: older ones only emulate it, slowly."""
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device, torch.bfloat16, enabled=native)
+    return torch.autocast("cuda", torch.bfloat16, enabled=native)
 
-def finite_mean(total, batches, weights):
-    """The mean loss over batches and ranks. InputError if it or a weight is not finite."""
-    average_over_ranks([total])
-    mean = total.item() / len(batches)
-    if not math.isfinite(mean) or not all(w.isfinite().all() for w in weights):
-        raise InputError(f"epoch {batches.epoch + 1}: loss {mean}, or a weight, is not finite: "
-                         "start again with a smaller --lr (the last checkpoint is kept)")
-    return mean
-
-def print0(text):
-    """Print on rank 0. A closed pipe, or a character the terminal lacks, does not stop a run."""
-    if RANK == 0 and sys.stdout:
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
-        except OSError:  # the reader has closed the pipe
-            sys.stdout = None
-
+# ==== shared: files ===============================================================================
 CHECKPOINT = "checkpoint.pt"
+MAY_DIFFER = {  # between the processes of a run, and between a run and its --resume
+    "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name"}
+
+def fixed_options(args):
+    return {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        if RANK == 0:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 def read_checkpoint(path):
-    """The dict that torch.save() wrote to path. Raises InputError if it is damaged."""
+    """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")  # torch.load does not look at them
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # torch.load has many ways to fail
+    except Exception as error:  # torch.load has many ways to fail
+        if "Unsupported" in str(error):  # by weights_only
+            raise InputError(f"{path} holds more than tensors, which could run code: save the "
+                             "bare state dict, torch.save(network.state_dict(), FILE)") from None
         raise InputError(f"{path} is damaged, or not a checkpoint") from None
 
-class Run:
-    """A run in --out: checkpoint.pt, for --resume, and log.jsonl, a JSON object an epoch.
+def open_out(args):
+    """Make the folder --out -> the checkpoint from which --resume goes on, None in a new run."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in args.out.iterdir()
+                 if path.suffix != ".tmp" and not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}") from None
+    if args.resume and CHECKPOINT in names:
+        return read_checkpoint(args.out / CHECKPOINT)
+    if names:
+        raise InputError(f"--out {args.out} is not empty: name another folder, or go on with the "
+                         f"run of its {CHECKPOINT} by --resume")
 
-    settings: what --resume must not change. parts: objects to save and restore.
+class Run:
+    """A run in the folder --out: checkpoint.pt, for --resume, and log.jsonl, an object per epoch.
+
+    checkpoint: what open_out found. parts: the objects whose states are saved, by name.
     """
-    def __init__(self, args, images, **parts):
+    def __init__(self, args, method, dataset, checkpoint, **parts):
         self.folder, self.parts, self.log = args.out, parts, []
-        self.settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
-        self.settings.update(method=METHOD, processes=WORLD_SIZE, images=len(images.labels),
-                             classes=images.classes)
-        if args.resume and (self.folder / CHECKPOINT).exists():
-            saved = read_checkpoint(self.folder / CHECKPOINT)
-            before = saved.get("settings", {})
-            for name, value in self.settings.items():
-                if before.get(name) != value:
-                    raise InputError(f"{self.folder / CHECKPOINT} was made with {name} "
-                                     f"{before.get(name)}, not {value}")
+        self.settings = {"the method": method, "number of processes": WORLD_SIZE,
+                         **fixed_options(args), **dataset.facts}
+        self.classes = dataset.classes
+        if checkpoint:
+            check_same(self.settings, checkpoint.get("settings", {}), "in this command",
+                       f"in {self.folder / CHECKPOINT}: --resume needs the same")
             for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            self.log = saved["log"]
+                part.load_state_dict(checkpoint[name])
+            self.log = checkpoint["log"]
         self.save()  # a folder that cannot be written ends the run here
-        print0(", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "classes"))
+        print0(", ".join(f"{name} {value}" for name, value in fixed_options(args).items()))
 
     def save(self, names=(CHECKPOINT,)):
-        """Write the state under each name, in this order, then log.jsonl."""
+        """Write the state to a file of each name, then log.jsonl."""
         if RANK == 0:
-            buffer, state = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
-            torch.save({"settings": self.settings, "log": self.log, **state}, buffer)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            buffer = io.BytesIO()
+            torch.save({"settings": self.settings, "classes": self.classes, "log": self.log,
+                        **state}, buffer)
             for name in names:
                 write_file(self.folder / name, buffer.getvalue())
             lines = [json.dumps(row) + "\n" for row in self.log]
             write_file(self.folder / "log.jsonl", "".join(lines).encode())
 
-@contextlib.contextmanager
-def open_out(args):
-    """Make the folder --out and lock it. InputError unless it is empty, or a run to resume."""
-    lock = args.out / "lock.tmp"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = [path for path in args.out.iterdir() if path.suffix != ".tmp"]
-        if found and not (args.resume and args.out / CHECKPOINT in found):
-            raise InputError(f"--out {args.out} is not empty: name another folder, or go on with "
-                             f"the run of its {CHECKPOINT} by --resume")
-        file = open(lock, "w")
-        if RANK == 0:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-    except BlockingIOError:
-        raise InputError(f"--out {args.out} is in use by another run") from None
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}") from None
-    barrier()  # all have looked before one writes
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("--resume goes on from the last whole epoch") from None
-    finally:
-        file.close()
-        lock.unlink(missing_ok=True)
+last_line = time.perf_counter()  # when the last line was printed
 
-def interrupt(*_):
-    """Of Ctrl-C, the first interrupts, and the next are ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def print0(text):
+    """Print in process 0."""
+    global last_line
+    last_line = time.perf_counter()
+    if RANK == 0:
+        print(text, flush=True)
 
-def number(kind, least, most):
-    """An argparse type: an int or a float from least to most."""
-    def number(text):
-        if not least <= kind(text) <= most:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {least} and {most}")
-        return kind(text)
-    return number
-
-def check_batch_size(size, num_images):
-    least = 2 * WORLD_SIZE  # two images a process, for BatchNorm
-    if size % WORLD_SIZE or not least <= size <= num_images:
-        raise InputError(f"--batch-size {size} must lie between {least} and {num_images}, the "
-                         f"images there are, and be a multiple of {WORLD_SIZE}, the processes")
+def silent_for_a_minute():
+    return RANK == 0 and time.perf_counter() - last_line > 60
 
 # ==== shared: the user ============================================================================
-def open_halves(args):
-    """Split the training images by the seed -> batches that train, batches that validate a path."""
-    images = open_images(args, train=True)
+def split_training_images(args):
+    """Split the training images by the seed -> batches to train a path on, batches to validate."""
+    dataset = open_images(args, train=True)
     g = torch.Generator().manual_seed(args.seed)
-    train, validation = torch.randperm(len(images.labels), generator=g).tensor_split(2)
+    training, validation = torch.randperm(len(dataset.labels), generator=g).tensor_split(2)
     check_batch_size(args.batch_size, len(validation))
-    # BatchNorm takes its statistics from the batch, so all the validation batches have one size.
-    num_batches = math.ceil(len(validation) / args.batch_size)
-    size = max(2, len(validation) // num_batches // WORLD_SIZE) * WORLD_SIZE
-    validation = validation[:len(validation) // size * size]
-    return (Batches(images, train, args.batch_size, True, args),
-            Batches(images, validation, size, False, args))
+    # BatchNorm takes its statistics from the batch, so all validation batches have one size. Up to
+    # one image of each batch is left over for that (with several processes: one for each process).
+    num_batches = len(validation) // args.batch_size
+    size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
+    return (Batches(dataset, training, args.batch_size, True, args),
+            Batches(dataset, validation[:num_batches * size], size, False, args))
 
 def print_epoch(log, total_epochs, num_images):
-    row, mean = log[-1], sum(row["seconds"] for row in log) / len(log)
+    row = log[-1]
+    mean = sum(row["seconds"] for row in log) / len(log)
     left = timedelta(seconds=round(mean * (total_epochs - len(log))))
     print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  accuracy "
            f"{row['accuracy']:.2%}  {num_images / row['seconds']:.0f} images/s  {left} left")
 
-def show(probabilities, args):
-    """Print the distribution (E, K): the darker the more probable, x where 0."""
-    columns = [re.sub(r"_[a-z]+|_|x\d", "", name) for name in PRIMITIVES]  # max_pool_3x3: max3
+SHORT = {"max_pool_3x3": "max3", "avg_pool_3x3": "avg3", "skip_connect": "skip",
+         "sep_conv_3x3": "sep3", "sep_conv_5x5": "sep5", "dil_conv_3x3": "dil3",
+         "dil_conv_5x5": "dil5"}
+
+def print_distribution(probabilities, args):
+    """A row per edge of probabilities (E, K), the darker the nearer to the row's best; x: 0."""
+    columns = [SHORT.get(name, name[:5]) for name in OPS]
     rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
             for node in range(NUM_NODES) for source in range(2 + node)]
     if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
-    ramp = "░▒▓█" if "utf" in str(getattr(sys.stdout, "encoding", "")).lower() else ".:*#"
+    shades = "░▒▓█" if "utf" in str(sys.stdout.encoding).lower() else ".:*#"
     print0(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities.tolist()):
-        shades = [3 * ramp[min(3, int(4 * p / max(values)))] if p > 0 else "x" for p in values]
-        print0(f"{row:14}" + "".join(f"{shade:>6}" for shade in shades))
+        cells = ["x" if p == 0 else 3 * shades[min(3, int(4 * p / max(values)))] for p in values]
+        print0(f"{row:14}" + "".join(f"{cell:>6}" for cell in cells))
 
-def draw(found, unit, accuracies):
-    """Markdown with Mermaid graphs: the accuracy of each round or epoch, and the cells."""
+def to_markdown(found, unit, accuracies):
+    """Mermaid graphs of the accuracy of each round or epoch, and of the cells that were found."""
     line = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
     graphs = {"search": ["xychart-beta", f'x-axis "{unit}" 1 --> {len(accuracies)}',
                          'y-axis "accuracy of the sampled paths, %"', f"line [{line}]"]}
-    for cell in ("normal", "reduce") if "normal" in found else ():
-        graphs[cell] = ["graph LR", "0([input 0])", "1([input 1])"]
-        for node, edges in enumerate(found[cell], 2):
-            graphs[cell] += [f"{source} -->|{operation}| {node}" for operation, source in edges]
-            graphs[cell] += [f"{node} --> output([output])"]
+    if isinstance(found, Genotype):
+        for title, pairs in (("normal", found.normal), ("reduce", found.reduce)):
+            lines = ["graph LR", "0([input 0])", "1([input 1])"]
+            lines += [f"{source} -->|{operation}| {2 + i // 2}"
+                      for i, (operation, source) in enumerate(pairs)]
+            graphs[title] = lines + [f"{node} --> output([output])" for node in found.normal_concat]
     return "\n".join(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n"
                      for title, lines in graphs.items())
 
-def finish(args, run, best, strength, accuracy, unit, accuracies):
+def write_results(args, run, distribution, accuracy, unit, accuracies):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
-    found = (derive_cells(best, strength) if args.space == "cell" else
-             {"backbone": args.backbone, "blocks": [CANDIDATES[choice] for choice in best]})
-    genotype = {"method": METHOD, "space": args.space, **found, "settings": run.settings,
-                "validation_accuracy": accuracy}
+    best = distribution.best()
+    found = (derive_cells(best, distribution.scores) if args.space == "cell" else
+             [CANDIDATES[choice] for choice in best])
+    results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": run.settings}
     path = args.out / "genotype.json"
-    write_file(args.out / "cell.md", draw(found, unit, accuracies).encode())
-    write_file(path, (json.dumps(genotype) + "\n").encode())
-    for name, part in found.items():
-        print0("\n    ".join(map(str, [name, *part])) if isinstance(part, list) else part)
+    if RANK == 0:
+        write_file(args.out / "cell.md", to_markdown(found, unit, accuracies).encode())
+        write_file(path, (json.dumps(results, indent=1) + "\n").encode())
     command = f"python retrain.py --genotype {shlex.quote(str(path))}"
     if args.dataset != "synthetic":
         command += f" --data-dir {shlex.quote(str(args.data_dir))}"
-    print0(f"accuracy in the supernet {accuracy:.2%}; to train it alone: {command}")
+    print0(f"{found}\nvalidation accuracy of the best path in the supernet: {accuracy:.2%}\n"
+           f"train it from scratch with: {command}")
 # ==== end =========================================================================================
 
-MAY_DIFFER = ["data_dir", "device", "workers", "out", "resume"]  # between a run and its --resume
-
-def parse_args(argv):
+# ==== shared: options of a search =================================================================
+def parse_args(argv, options, method):
+    table = "\n".join(f"  {name:12}" + ", ".join(f"{k} {v}" for k, v in values.items())
+                      for name, values in DEFAULTS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"defaults by --dataset:\n{table}")
     add = parser.add_argument
-    add("--passes", type=number(int, 1, 1000), default=3,
-        help="T: how often each operation is sampled before one is pruned")
-    add("--dataset", choices=DEFAULTS, default="synthetic", help="made-up images, or real ones")
+    for name, (default, text) in options.items():
+        add(f"--{name.replace('_', '-')}", type=type(default), default=default,
+            help=f"{text} (default: {default})")
+    add("--dataset", choices=DEFAULTS, default="synthetic", help="default: synthetic")
     add("--space", choices=("cell", "mobile"), help="search space")
-    add("--backbone", choices=BACKBONES, default="gpu", help="of the mobile space")
+    add("--backbone", choices=BACKBONES, default="gpu",
+        help="only with --space mobile (default: gpu)")
     # ==== shared: arguments =======================================================================
-    add("--data-dir", type=Path, default=Path("data"), help="of CIFAR-10, or of train/<class>/*")
-    add("--image-size", type=number(int, 4, 1024), help="pixels; up to 64: kept on the device")
-    add("--channels", type=number(int, 2, 4096), help="C, channels of the first cell")
-    add("--cells", type=number(int, 3, 1000), help="number of cells")
-    add("--batch-size", type=number(int, 1, 10**6), help="images a step, all processes together")
-    add("--lr", type=number(float, 1e-8, 1e3), help="learning rate of the first epoch")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=number(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-        help="processes that read large images")
-    add("--out", type=Path, default=Path("runs") / METHOD, help="folder for the results")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="CIFAR's folder, it is downloaded if missing; or one with train/<class>/* and, for "
+             "retrain.py, val/<class>/* (default: data)")
+    add("--image-size", type=int, metavar="PIXELS",
+        help="side of an image; up to 64, images stay in memory, shifted and flipped at random; "
+             "above, they get ImageNet's random crops and colours")
+    add("--channels", type=int, help="C, the channels of the first cell")
+    add("--cells", type=int, help="number of cells")
+    add("--batch-size", type=int, help="images per step, of all processes together")
+    add("--lr", type=float, help="learning rate of the first epoch")
+    add("--seed", type=int, help="of everything random (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"),
+        default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, if there")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=int, default=min(8, cores),
+        help="processes that read image files, for each process that trains (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs") / method, help="folder for the results "
+        "(default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     # ==== end =====================================================================================
-    parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].dataset])
-    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    args = argparse.Namespace(**{"seed": 0, **DEFAULTS[given["dataset"]], **given})
     # ==== shared: checks ==========================================================================
+    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3}  # of other integers 1
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if type(value) is int and value < least.get(name, 1):
+            parser.error(f"{option} must be at least {least.get(name, 1)}, not {value}")
+        if type(value) is float and name in given and not 0 < value < math.inf:
+            parser.error(f"{option} must be a number above 0, not {value}")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
-    if args.dataset == "cifar10" and args.image_size != 32:
-        parser.error("--image-size: CIFAR-10 has 32 pixels; other sizes with --dataset imagefolder")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        parser.error("--device mps: torch finds no Apple GPU here")
+    if args.dataset.startswith("cifar") and args.image_size != 32:
+        parser.error("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         parser.error(f"--image-size {args.image_size} must be a multiple of 4, for two reductions")
     # ==== end =====================================================================================
     return args
 
-def main(argv=None, distribution_class=DynamicDistribution):
-    """Search -> exit code; a fault of the input is one line on stderr, and code 2."""
-    signal.signal(signal.SIGINT, interrupt)
+def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, method=METHOD):
+    """Search -> exit code.
+
+    options: name -> (default, help) of what the constructor of distribution_class takes, besides
+    num_edges, num_ops and seed. method: the name of the results' folder.
+    """
+    # ==== shared: main ============================================================================
+    threads = torch.get_num_threads()
     try:
-        args = parse_args(argv)
-        num_edges, num_ops = ((2 * NUM_EDGES, len(PRIMITIVES)) if args.space == "cell" else
+        args = parse_args(argv, options, method)
+        start_processes(args)
+        num_edges, num_ops = ((2 * NUM_EDGES, len(OPS)) if args.space == "cell" else
                               (len(BACKBONES[args.backbone][0]), len(CANDIDATES)))
-        start_ranks(args)
-        with open_out(args):
-            search(args, distribution_class(num_edges, num_ops, args.passes, seed=args.seed))
+        chosen = {name: getattr(args, name) for name in options}
+        distribution = distribution_class(num_edges, num_ops, seed=args.seed, **chosen)
+        search(args, distribution, method)
     # ==== shared: how it ends =====================================================================
-    except KeyboardInterrupt as error:
-        print(f"\ninterrupted. {error}", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("(out of|allocate) memory", str(error))
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        lines = str(error).strip().splitlines() or ["out of memory"]  # the last ends a worker's
-        print(f"{METHOD}.py: error: {lines[-1].rpartition('InputError: ')[2]}", file=sys.stderr)
+    except InputError as error:
+        # A DataLoader's worker sends its traceback, which ends with the message.
+        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: lower --batch-size: {error}", file=sys.stderr)
         return 2
     finally:
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
     # ==== end =====================================================================================
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
+        sys.exit(130)

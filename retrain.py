@@ -3,147 +3,61 @@
     python retrain.py                                         # what `python ddp_nas.py` found
     python retrain.py --genotype runs/mdenas/genotype.json    # another search, on its data set
     python retrain.py --genotype DDPNAS_2 --large             # a published cell, largest setting
+    python retrain.py --genotype "Genotype(normal=[...], ...)"    # a cell in DARTS's notation
     python retrain.py --genotype random:0 --dataset cifar10   # a random cell: the baseline
     python retrain.py --genotype MDENAS --summary             # parameters, multiply-adds, latency
     python retrain.py --genotype MDENAS --evaluate FILE       # weights of the authors, or of ours
     torchrun --nproc_per_node=8 retrain.py --genotype DDPNAS_GPU --data-dir DIR    # ImageNet
 
 The network holds the found architecture alone: its BatchNorms have weights and keep running
-statistics, and cells are stacked deeper and wider than in the supernet.
+statistics, and cells are stacked deeper and wider than in the supernet. In one's own program:
+
+    network, classes, preprocess = retrain.load_network("runs/retrain/best.pt")
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C while torch is imported
-import argparse, contextlib, fcntl, functools, io, itertools, json, math, os, re, sys, time, zipfile
+import argparse, ast, functools, hashlib, io, json, math, os, re, sys, time
+from collections import ChainMap, namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 METHOD = "retrain"
-DEFAULTS = {  # per data set, the size of the images and of a network of cells
+SMALL_IMAGES = dict(image_size=32, channels=36, cells=20)
+DEFAULTS = {  # by data set: the size of the images, and of a network of cells
     "synthetic": dict(image_size=16, channels=8, cells=5),
-    "cifar10": dict(image_size=32, channels=36, cells=20),
-    "imagefolder": dict(image_size=32, channels=36, cells=20),
+    "cifar10": SMALL_IMAGES, "cifar100": SMALL_IMAGES, "imagefolder": SMALL_IMAGES,
     "imagenet": dict(image_size=224, channels=48, cells=14),
 }
-CIFAR10 = dict(epochs=600, batch_size=96, lr=0.025, decay="cosine", weight_decay=3e-4,
-               norm_decay=3e-4, clip=5.0, smoothing=0.0, auxiliary=0.4, drop_path=0.2,
-               cutout=0.5)  # side of the square / side of the image: 16 of 32 pixels
-SYNTHETIC = {**CIFAR10, "epochs": 15, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
-IMAGENET_CELL = dict(epochs=250, batch_size=512, lr=0.1, decay=0.97, weight_decay=3e-5,
+# The recipes. lr_decay: "cosine" to 0, or a factor an epoch; norm_decay: the weight decay of
+# BatchNorms; clip: the largest norm of a gradient; smoothing: of the labels; auxiliary: the weight
+# of the auxiliary head's loss; cutout: the side of its square / the side of the image.
+CIFAR = dict(epochs=600, batch_size=96, lr=0.025, lr_decay="cosine", weight_decay=3e-4,
+             norm_decay=3e-4, clip=5.0, smoothing=0.0, auxiliary=0.4, drop_path=0.2, cutout=0.5)
+SYNTHETIC = {**CIFAR, "epochs": 15, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
+IMAGENET_CELL = dict(epochs=250, batch_size=512, lr=0.1, lr_decay=0.97, weight_decay=3e-5,
                      norm_decay=3e-5, clip=5.0, smoothing=0.1, auxiliary=0.4, drop_path=0.0,
                      cutout=0.0)
-IMAGENET_MOBILE = dict(epochs=120, batch_size=1024, lr=0.4, decay="cosine", weight_decay=4e-5,
+IMAGENET_MOBILE = dict(epochs=120, batch_size=1024, lr=0.4, lr_decay="cosine", weight_decay=4e-5,
                        norm_decay=0.0, clip=math.inf, smoothing=0.1, auxiliary=0.0, drop_path=0.0,
                        cutout=0.0)
 LARGE = dict(channels=44, epochs=1800)  # with AutoAugment: DDP-NAS's large setting
 MOMENTUM = 0.9
 
-# ==== the architecture ============================================================================
-SHORT = {"max": "max_pool_3x3", "avg": "avg_pool_3x3", "skip": "skip_connect",
-         "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "dil3": "dil_conv_3x3",
-         "dil5": "dil_conv_5x5"}
-PUBLISHED_CELLS = {  # normal, then reduction: two operations a node, each with its source
-    "MDENAS": "sep5 1 sep3 0, skip 0 sep5 1, sep5 3 sep3 1, dil5 3 max 4; "
-              "max 0 sep5 1, skip 0 skip 1, sep3 3 skip 2, dil3 3 sep5 0",
-    "DDPNAS_IMAGENET": "sep5 1 max 0, dil3 0 sep3 1, sep3 0 max 3, dil3 2 avg 0; "
-                       "sep5 1 avg 0, avg 1 skip 0, skip 2 sep3 1, dil5 0 dil5 4",
-    "DDPNAS_1": "sep5 0 max 1, sep3 2 max 0, dil5 0 sep3 1, avg 2 max 4; "
-                "sep3 1 dil5 0, dil5 1 sep5 0, sep3 0 avg 3, max 1 sep3 0",
-    "DDPNAS_2": "sep5 0 skip 1, dil5 2 max 0, sep5 1 skip 2, skip 1 sep3 3; "
-                "max 0 sep3 1, sep3 2 avg 0, avg 0 dil3 1, sep3 0 max 4",
-    "DARTS_V2": "sep3 0 sep3 1, sep3 0 sep3 1, sep3 1 skip 0, skip 0 dil3 2; "
-                "max 0 max 1, skip 2 max 1, max 0 skip 2, skip 2 max 1",
-}
-PUBLISHED_BLOCKS = {  # kernel and expansion of every block of a backbone
-    "DDPNAS_GPU": "7,6 7,3 5,6 7,1 3,6 7,6 5,1 5,3 5,6 7,6 7,6 5,3 7,6 5,6",
-    "MDENAS_GPU": "7,6 5,6 7,3 3,6 5,6 3,1 7,3 7,6 3,3 3,6 7,3 3,3 3,3 5,6",
-    "MDENAS_CPU": "5,3 7,1 3,6 5,3 5,3 5,3 5,1 5,6 5,1 5,6 7,3 5,3 7,3 7,6 3,6 5,3 7,6 7,1 3,3 3,3",
-}
-
-def published_genotype(name):
-    if name in PUBLISHED_BLOCKS:
-        pairs = re.findall(r"(\d),(\d)", PUBLISHED_BLOCKS[name])
-        blocks = [[int(kernel), int(expansion)] for kernel, expansion in pairs]
-        return {"space": "mobile", "backbone": name[-3:].lower(), "blocks": blocks,
-                "settings": {"dataset": "imagenet"}}
-    edges = re.findall(r"(\w+) (\d)", PUBLISHED_CELLS[name])
-    edges = [[SHORT[operation], int(source)] for operation, source in edges]
-    nodes = [edges[i:i + 2] for i in range(0, len(edges), 2)]
-    return {"space": "cell", "normal": nodes[:NUM_NODES], "reduce": nodes[NUM_NODES:],
-            "settings": {"dataset": "imagenet" if "IMAGENET" in name else "cifar10"}}
-
-def random_genotype(seed, backbone=None):
-    """Draw uniformly from the mobile space of the backbone; from the cell space without one."""
-    g = np.random.default_rng(seed)
-    if backbone:
-        blocks = g.choice(CANDIDATES, len(BACKBONES[backbone][0])).tolist()
-        return {"space": "mobile", "backbone": backbone, "blocks": blocks}
-    genotype = {"space": "cell", "normal": [], "reduce": []}
-    for nodes in (genotype["normal"], genotype["reduce"]):
-        for node in range(NUM_NODES):
-            sources = sorted(g.choice(2 + node, 2, replace=False).tolist())
-            nodes.append([[str(g.choice(PRIMITIVES[1:])), source] for source in sources])
-    return genotype
-
-def load_genotype(text):
-    """A published name, random:SEED or a file -> its genotype. Raises InputError."""
-    names = [*PUBLISHED_CELLS, *PUBLISHED_BLOCKS]
-    drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", text)
-    if text in names:
-        return published_genotype(text)
-    if drawn:
-        return random_genotype(int(drawn[1]), drawn[2])
-    if not Path(text).is_file():
-        raise InputError(f"--genotype {text}: no such file: run `python ddp_nas.py` first, or name "
-                         "the genotype.json of another search, random:SEED, random:SEED:gpu or "
-                         f":cpu, or one of {', '.join(names)}")
-    try:
-        return json.loads(Path(text).read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--genotype {text}: the file is not JSON ({error})") from None
-
-def check_genotype(genotype, origin):
-    """The part of it that defines the architecture. InputError, saying where it is not valid."""
-    def pick(value, allowed, place):
-        if value not in allowed:
-            raise InputError(f"--genotype {origin}: {place}, not {value}")
-        return allowed[allowed.index(value)]  # an int, where the file says 1.0
-
-    def get(name, count):
-        value = genotype.get(name)
-        if not isinstance(value, list) or len(value) != count:
-            raise InputError(f"--genotype {origin}: {name} must be a list of {count}, not {value}")
-        return value
-
-    genotype = genotype if isinstance(genotype, dict) else {}
-    if pick(genotype.get("space"), ["cell", "mobile"], "space: cell or mobile") == "mobile":
-        backbone = pick(genotype.get("backbone"), [*BACKBONES], "backbone: gpu or cpu")
-        pairs = [[*pair] for pair in CANDIDATES]
-        blocks = [pick(block, pairs, f"blocks: each one of {pairs}")
-                  for block in get("blocks", len(BACKBONES[backbone][0]))]
-        return {"space": "mobile", "backbone": backbone, "blocks": blocks}
-    checked = {"space": "cell", "normal": [], "reduce": []}
-    for cell in ("normal", "reduce"):
-        for i, node in enumerate(get(cell, NUM_NODES)):
-            edges = [[name, source] for name in PRIMITIVES[1:] for source in range(2 + i)]
-            pairs = [[a, b] for a in edges for b in edges]
-            checked[cell].append(pick(node, pairs, f"{cell}, node {i}: 2 pairs of an operation "
-                                      f"({', '.join(PRIMITIVES[1:])}) and a source (0 to {1 + i})"))
-    return checked
-
 # ==== shared: operations ==========================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
-class Zero(nn.AvgPool2d):  # with a kernel of 1: zeros of the size that the stride leaves
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
     def forward(self, x):
-        return torch.zeros_like(super().forward(x))
+        return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 class FactorizedReduce(nn.Module):
     """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
@@ -172,7 +86,7 @@ def sep_conv(c, kernel, stride, norm):
                          depthwise_separable(c, kernel, 1, 1, norm))
 
 OPS = {  # the space of cells: the candidates of an edge, `none` first
-    "none": lambda c, stride, norm: Zero(1, stride),
+    "none": lambda c, stride, norm: Zero(stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
         nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm(c)),
@@ -183,7 +97,10 @@ OPS = {  # the space of cells: the candidates of an edge, `none` first
     "dil_conv_3x3": lambda c, stride, norm: depthwise_separable(c, 3, stride, 2, norm),
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
-PRIMITIVES = list(OPS)
+
+# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node. The
+# sources 0 and 1 are the inputs of the cell, 2 to 5 its nodes, of which the output is made.
+Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
 # channels, stride) of every block, and the width of the head.
@@ -211,6 +128,161 @@ class MBConv(nn.Sequential):
         out = super().forward(x)
         return x + out if self.residual else out
 
+# ==== the architecture ============================================================================
+NODES = range(2, 2 + NUM_NODES)
+PUBLISHED = {
+    "MDENAS": Genotype(
+        normal=[("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("skip_connect", 0), ("sep_conv_5x5", 1),
+                ("sep_conv_5x5", 3), ("sep_conv_3x3", 1), ("dil_conv_5x5", 3), ("max_pool_3x3", 4)],
+        normal_concat=NODES,
+        reduce=[("max_pool_3x3", 0), ("sep_conv_5x5", 1), ("skip_connect", 0), ("skip_connect", 1),
+                ("sep_conv_3x3", 3), ("skip_connect", 2), ("dil_conv_3x3", 3), ("sep_conv_5x5", 0)],
+        reduce_concat=NODES),
+    "DDPNAS_IMAGENET": Genotype(
+        normal=[("sep_conv_5x5", 1), ("max_pool_3x3", 0), ("dil_conv_3x3", 0), ("sep_conv_3x3", 1),
+                ("sep_conv_3x3", 0), ("max_pool_3x3", 3), ("dil_conv_3x3", 2), ("avg_pool_3x3", 0)],
+        normal_concat=NODES,
+        reduce=[("sep_conv_5x5", 1), ("avg_pool_3x3", 0), ("avg_pool_3x3", 1), ("skip_connect", 0),
+                ("skip_connect", 2), ("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 4)],
+        reduce_concat=NODES),
+    "DDPNAS_1": Genotype(
+        normal=[("sep_conv_5x5", 0), ("max_pool_3x3", 1), ("sep_conv_3x3", 2), ("max_pool_3x3", 0),
+                ("dil_conv_5x5", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 4)],
+        normal_concat=NODES,
+        reduce=[("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("sep_conv_5x5", 0),
+                ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("max_pool_3x3", 1), ("sep_conv_3x3", 0)],
+        reduce_concat=NODES),
+    "DDPNAS_2": Genotype(
+        normal=[("sep_conv_5x5", 0), ("skip_connect", 1), ("dil_conv_5x5", 2), ("max_pool_3x3", 0),
+                ("sep_conv_5x5", 1), ("skip_connect", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)],
+        normal_concat=NODES,
+        reduce=[("max_pool_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 2), ("avg_pool_3x3", 0),
+                ("avg_pool_3x3", 0), ("dil_conv_3x3", 1), ("sep_conv_3x3", 0), ("max_pool_3x3", 4)],
+        reduce_concat=NODES),
+    "DARTS_V2": Genotype(
+        normal=[("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+                ("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2)],
+        normal_concat=NODES,
+        reduce=[("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1),
+                ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)],
+        reduce_concat=NODES),
+    "DDPNAS_GPU": [(7, 6), (7, 3), (5, 6), (7, 1), (3, 6), (7, 6), (5, 1), (5, 3), (5, 6), (7, 6),
+                   (7, 6), (5, 3), (7, 6), (5, 6)],
+    "MDENAS_GPU": [(7, 6), (5, 6), (7, 3), (3, 6), (5, 6), (3, 1), (7, 3), (7, 6), (3, 3), (3, 6),
+                   (7, 3), (3, 3), (3, 3), (5, 6)],
+    "MDENAS_CPU": [(5, 3), (7, 1), (3, 6), (5, 3), (5, 3), (5, 3), (5, 1), (5, 6), (5, 1), (5, 6),
+                   (7, 3), (5, 3), (7, 3), (7, 6), (3, 6), (5, 3), (7, 6), (7, 1), (3, 3), (3, 3)],
+}
+
+def random_genotype(seed, backbone=None):
+    """Draw uniformly from the mobile space of the backbone; from the cell space without one."""
+    g = np.random.default_rng(seed)
+    if backbone:
+        num_blocks = len(BACKBONES[backbone][0])
+        return [tuple(block) for block in g.choice(CANDIDATES, num_blocks).tolist()]
+    names, cells = list(OPS)[1:], []  # without `none`
+    for _ in ("normal", "reduce"):
+        pairs = []
+        for node in range(NUM_NODES):
+            sources = sorted(g.choice(2 + node, 2, replace=False).tolist())
+            pairs += [(str(g.choice(names)), source) for source in sources]
+        cells.append(pairs)
+    return Genotype(cells[0], NODES, cells[1], NODES)
+
+def parse_genotype(text):
+    """A text -> Genotype, or a chain of blocks [(kernel, expansion), ...]. Nothing is evaluated.
+
+    Genotype(...) is flat, as in DARTS, or nested, two pairs a node. Raises an InputError that says
+    what the search space does not hold.
+    """
+    def literal(node):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "range":
+            return range(*map(ast.literal_eval, node.args))
+        return ast.literal_eval(node)
+
+    expression = re.sub(r"^\s*\w+\s*=", "", text).strip()  # without the name that it is given
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "Genotype":
+            fields = {keyword.arg: literal(keyword.value) for keyword in tree.keywords}
+            return check_cells(**fields)
+        return check_blocks(ast.literal_eval(tree))
+    except InputError as error:
+        raise InputError(f"the genotype {shorten(text)}: {error}") from None
+    except (SyntaxError, LookupError, ValueError, TypeError, RecursionError, MemoryError):
+        raise InputError(f"{shorten(text)} is not a genotype: neither Genotype(normal=[(operation, "
+                         "source), ...], normal_concat=range(2, 6), reduce=[...], reduce_concat="
+                         "range(2, 6)) nor a list of blocks [(kernel, expansion), ...]") from None
+
+def shorten(text):
+    line = " ".join(text.split())
+    return line if len(line) < 80 else line[:60] + " ... " + line[-15:]
+
+def check_cells(normal, normal_concat, reduce, reduce_concat):
+    """The fields of a Genotype -> Genotype, flat."""
+    cells = []
+    fields = ("normal", normal, normal_concat), ("reduce", reduce, reduce_concat)
+    for cell, nodes, concat in fields:
+        if len(concat) != NUM_NODES or list(concat) != list(NODES):
+            raise InputError(f"{cell}_concat must be all the nodes, 2 to 5, not {concat}")
+        nested = not isinstance(nodes[0][0], str)
+        pairs = [tuple(pair) for node in nodes for pair in node] if nested else list(nodes)
+        if len(pairs) != 2 * NUM_NODES:
+            raise InputError(f"{cell} must have 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
+        for i, (operation, source) in enumerate(pairs):
+            if operation not in OPS or operation == "none":
+                raise InputError(f"{cell} has {operation}, and the operations are "
+                                 f"{', '.join(list(OPS)[1:])}")
+            if type(source) is not int or source not in range(2 + i // 2):
+                raise InputError(f"{cell}: the sources of node {2 + i // 2} are 0 to {1 + i // 2}, "
+                                 f"not {source}")
+        cells.append([(operation, source) for operation, source in pairs])
+    return Genotype(cells[0], NODES, cells[1], NODES)
+
+def check_blocks(blocks):
+    """A list of pairs -> the same, as tuples."""
+    lengths = {len(backbone): name for name, (backbone, _) in BACKBONES.items()}
+    if len(blocks) not in lengths:
+        allowed = " or ".join(f"{length} ({name})" for length, name in lengths.items())
+        raise InputError(f"a chain has {allowed} blocks, not {len(blocks)}")
+    for block in blocks:
+        if tuple(block) not in CANDIDATES:
+            raise InputError(f"a block is (kernel, expansion), one of {CANDIDATES}, not {block}")
+    return [(int(kernel), int(expansion)) for kernel, expansion in blocks]
+
+def load_genotype(text):
+    """What --genotype names -> Genotype or blocks, and the data set of the search, as a dict."""
+    drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", text)
+    if drawn:
+        return random_genotype(int(drawn[1]), drawn[2]), {}
+    if text in PUBLISHED:
+        genotype, searched = PUBLISHED[text], {}
+    elif re.search(r"Genotype\s*\(|^\s*(\w+\s*=\s*)?\[", text):
+        genotype, searched = parse_genotype(text), {}
+    else:
+        genotype, searched = read_genotype(text)
+    imagenet = text == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
+    return genotype, searched or {"dataset": "imagenet" if imagenet else "cifar10"}
+
+def read_genotype(path):
+    """A genotype.json, or a file of a genotype as text -> see load_genotype."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--genotype {path} cannot be read ({error}): run `python ddp_nas.py` "
+                         "first, or name the genotype.json of another search, a genotype in the "
+                         "notation of DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
+                         f"{', '.join(PUBLISHED)}") from None
+    if not text.lstrip().startswith("{"):
+        return parse_genotype(text), {}
+    try:
+        found = json.loads(text)
+        dataset, size = found["settings"]["dataset"], int(found["settings"]["image_size"])
+        DEFAULTS[dataset]
+        return parse_genotype(found["genotype"]), {"dataset": dataset, "image_size": size}
+    except (LookupError, ValueError, TypeError, RecursionError):
+        raise InputError(f"--genotype {path} is not the genotype.json of a search") from None
+
 # ==== the networks ================================================================================
 # Modules are registered in the order of the authors' networks: their weights fit by position.
 
@@ -220,13 +292,14 @@ def drop_path(x, probability):
     return x * (keep / (1 - probability)).to(x.dtype)
 
 class Cell(nn.Module):
-    def __init__(self, nodes, c_prev_prev, c_prev, c, reduction, reduction_prev, norm):
+    def __init__(self, pairs, c_prev_prev, c_prev, c, reduction, reduction_prev, norm):
         super().__init__()
-        older = FactorizedReduce if reduction_prev else relu_conv_bn
-        self.preprocess0 = older(c_prev_prev, c, norm)
+        preprocess = FactorizedReduce if reduction_prev else relu_conv_bn
+        self.preprocess0 = preprocess(c_prev_prev, c, norm)
         self.preprocess1 = relu_conv_bn(c_prev, c, norm)
-        self.edges, self.sources = nn.ModuleList(), []  # two a node
-        for name, source in itertools.chain(*nodes):
+        self.edges = nn.ModuleList()  # two for each node
+        self.sources = []
+        for name, source in pairs:
             stride = 2 if reduction and source < 2 else 1
             self.edges.append(OPS[name](c, stride, norm))
             self.sources.append(source)
@@ -234,14 +307,15 @@ class Cell(nn.Module):
     def forward(self, s0, s1, drop):
         """s0, s1: outputs of the last two cells, older first; drop: a probability or None."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for i in range(0, 2 * NUM_NODES, 2):
-            pair = []
-            for source, op in zip(self.sources[i:i + 2], self.edges[i:i + 2]):
-                out = op(states[source])
-                if drop is not None and not isinstance(op, nn.Identity):
-                    out = drop_path(out, drop)
-                pair.append(out)
-            states.append(pair[0] + pair[1])
+        for node in range(NUM_NODES):
+            values = []
+            for edge in (2 * node, 2 * node + 1):
+                operation = self.edges[edge]
+                value = operation(states[self.sources[edge]])
+                if drop is not None and not isinstance(operation, nn.Identity):
+                    value = drop_path(value, drop)
+                values.append(value)
+            states.append(sum(values))
         return torch.cat(states[2:], 1)
 
 def auxiliary_head(c_in, num_classes, imagenet, norm):
@@ -256,7 +330,8 @@ class CellNetwork(nn.Module):
     def __init__(self, genotype, channels, num_cells, num_classes, imagenet, auxiliary):
         super().__init__()
         norm = functools.partial(nn.BatchNorm2d, eps=1e-3 if imagenet else 1e-5)
-        c, conv = channels, functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        c = channels
         if imagenet:  # 1/4 and 1/8 of the side, as if a reduction cell stood between the two
             self.stem0 = nn.Sequential(conv(3, c // 2, stride=2), norm(c // 2), nn.ReLU(),
                                        conv(c // 2, c, stride=2), norm(c))
@@ -270,14 +345,14 @@ class CellNetwork(nn.Module):
         for i in range(num_cells):
             reduction = i in (num_cells // 3, 2 * num_cells // 3)
             c = 2 * c if reduction else c
-            nodes = genotype["reduce" if reduction else "normal"]
-            self.cells.append(Cell(nodes, c_prev_prev, c_prev, c, reduction, reduction_prev, norm))
+            pairs = genotype.reduce if reduction else genotype.normal
+            self.cells.append(Cell(pairs, c_prev_prev, c_prev, c, reduction, reduction_prev, norm))
             c_prev_prev, c_prev, reduction_prev = c_prev, NUM_NODES * c, reduction
         self.auxiliary = None
         if auxiliary:  # on the second reduction cell, which has the width of the last
             self.auxiliary = auxiliary_head(c_prev, num_classes, imagenet, norm)
         self.linear = nn.Linear(c_prev, num_classes)
-        self.drop_path = None  # or a tensor: for new floats, torch.compile starts again
+        self.drop_path = None  # or a tensor: for each new float, torch.compile would start again
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); in training, those of the head, too."""
@@ -292,10 +367,11 @@ class CellNetwork(nn.Module):
 
 def mobile_network(genotype, num_classes):
     norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
-    blocks, head = BACKBONES[genotype["backbone"]]
+    backbones = {len(blocks): (blocks, head) for blocks, head in BACKBONES.values()}
+    blocks, head = backbones[len(genotype)]
     c_in, layers = 40, [conv_bn_relu6(3, 40, 3, 2, norm_layer=norm)]
-    for (c, stride), block in zip(blocks, genotype["blocks"]):
-        layers.append(MBConv(c_in, c, stride, *block, norm))
+    for (c, stride), (kernel, expansion) in zip(blocks, genotype):
+        layers.append(MBConv(c_in, c, stride, kernel, expansion, norm))
         c_in = c
     return nn.Sequential(  # no dropout before the last layer: its rate is not given
         *layers, conv_bn_relu6(c_in, head, 1, norm_layer=norm), nn.AdaptiveAvgPool2d(1),
@@ -307,22 +383,41 @@ def build_network(genotype, dataset="cifar10", num_classes=10, channels=None, ce
 
     channels and cells are those of a network of cells, by default 36 and 20 (ImageNet: 48 and 14).
     """
-    if genotype["space"] == "mobile":
+    if not isinstance(genotype, Genotype):
         return mobile_network(genotype, num_classes)
     imagenet = dataset == "imagenet"
-    size = DEFAULTS["imagenet" if imagenet else "cifar10"]
+    size = DEFAULTS["imagenet"] if imagenet else SMALL_IMAGES
     return CellNetwork(genotype, channels or size["channels"], cells or size["cells"], num_classes,
                        imagenet, auxiliary)
+
+def load_network(path, device="cpu"):
+    """best.pt or checkpoint.pt of a run -> the network to use, its classes, its preprocessing.
+
+    The network is in eval mode, on the device, without its auxiliary head. preprocess turns a PIL
+    image into the float tensor (3, S, S) that it takes, as in its test. Raises an InputError.
+    """
+    weights, settings, classes = read_weights(Path(path))
+    if not settings:
+        raise InputError(f"{path} is not a checkpoint of retrain.py")
+    weights = {name: value for name, value in weights.items() if not name.startswith("auxiliary.")}
+    network = build_network(parse_genotype(settings["genotype"]), settings["dataset"], len(classes),
+                            settings["channels"], settings["cells"])
+    network.load_state_dict(weights)
+    preprocess = v2.Compose([
+        upright_rgb, plain_transform(settings["image_size"]), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(*MEAN_STD.get(settings["dataset"], MEAN_STD["imagenet"]))])
+    return network.to(device).eval(), classes, preprocess
 
 def count_parameters(network):
     """Weights of the network that is used in the end, without the auxiliary head."""
     return sum(weight.numel() for name, weight in network.named_parameters()
                if not name.startswith("auxiliary."))
 
-def load_weights(network, weights, path):
-    """Load a state dict by position: of the authors' names, only the last part is as here.
+def load_by_position(network, weights, path):
+    """Load a state dict whose entries stand in the order of the network's own.
 
-    Raises InputError for the first entry that does not fit, and leaves the network as it was.
+    The names of the authors' entries agree with ours in the last part only (weight, bias, ...).
+    Raises an InputError for the first entry that does not fit, and leaves the network as it was.
     """
     ours = network.state_dict()
     for (name, tensor), (other, value) in zip(ours.items(), weights.items()):
@@ -346,76 +441,92 @@ def train_epoch(network, optimizer, batches, args):
     """One pass over the batches -> mean loss, that of the auxiliary head included."""
     network.train()
     auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.recipe["smoothing"])
-    total, weights = torch.zeros((), device=batches.device), [*network.parameters()]
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    weights = list(network.parameters())
+    total_loss = torch.zeros((), device=batches.device)
     for images, labels in batches:
         if args.large:
             images = torch.stack([auto_augment(image) for image in images])
         images = batches.normalise(images)
-        if args.recipe["cutout"]:
-            images = cutout(images, round(args.recipe["cutout"] * args.image_size))
+        if args.cutout:
+            images = cutout(images, round(args.cutout * args.image_size))
         with autocast(batches.device):
             outputs = network(images)
             if isinstance(outputs, tuple):
                 logits, auxiliary_logits = outputs
                 loss = criterion(logits, labels)
-                loss = loss + args.recipe["auxiliary"] * criterion(auxiliary_logits, labels)
+                loss = loss + args.auxiliary * criterion(auxiliary_logits, labels)
             else:
                 loss = criterion(outputs, labels)
         optimizer.zero_grad()
         loss.backward()
-        average_over_ranks([weight.grad for weight in weights if weight.grad is not None])
-        nn.utils.clip_grad_norm_(weights, args.recipe["clip"])
+        average_gradients(weights)
+        nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
-        total += loss.detach()  # stays on the device: to read it would wait for the step
-    # Of BatchNorm's running statistics, each rank has seen its share.
+        total_loss += loss.detach()  # stays on the device: to read it would wait for the step
+        batches.sign_of_life(total_loss)
+    # Of BatchNorm's running statistics, each process has seen its share.
     average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    return finite_mean(total, batches, weights)
+    return finite_mean(total_loss, batches, weights)
 
 @torch.no_grad()
 def evaluate(network, batches):
-    """Top-1 and top-5 error, in [0, 1]; in float32, on a GPU too."""
+    """The errors, in [0, 1]: top-1 and, where there are more than 5 classes, top-5.
+
+    In float32, on a GPU too.
+    """
     network.eval()
-    wrong = torch.zeros(2, device=batches.device)
+    num_wrong = torch.zeros(2, device=batches.device)
     for images, labels in batches:
         logits = network(batches.normalise(images))
         hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5), best first
-        wrong += torch.stack([(~hit[:, 0]).sum(), (~hit.any(1)).sum()])
-    average_over_ranks([wrong])
-    return [count * WORLD_SIZE / batches.count for count in wrong.tolist()]
+        num_wrong += torch.stack([(~hit[:, 0]).sum(), (~hit.any(1)).sum()])
+        batches.sign_of_life()
+    top1, top5 = (sum_over_ranks(num_wrong) / batches.num_images).tolist()
+    if len(batches.dataset.classes) > 5:
+        return {"top1_error": top1, "top5_error": top5}
+    return {"top1_error": top1}
+
+def describe(errors):
+    """{"top1_error": 0.025} -> "top-1 error 2.50%"."""
+    return "  ".join(f"{name} error {errors[key]:.2%}" for name, key in
+                     (("top-1", "top1_error"), ("top-5", "top5_error")) if key in errors)
 
 def open_network(args, num_classes, auxiliary):
-    network = build_network(args.genotype, args.dataset, num_classes, args.channels, args.cells,
-                            auxiliary)
+    network = build_network(parse_genotype(args.genotype), args.dataset, num_classes,
+                            args.channels, args.cells, auxiliary)
     return network.to(args.device, memory_format=torch.channels_last)
 
+def check_classes(ours, theirs, where):
+    if list(ours) != list(theirs):
+        differ = ", ".join(sorted({*ours} ^ {*theirs}))
+        raise InputError(f"{where} differ in their classes: {differ}")
+
 def train(args):
-    images, test_images = open_images(args, train=True), open_images(args, train=False)
-    if images.classes != test_images.classes:
-        differ = ", ".join(sorted({*images.classes} ^ {*test_images.classes}))
-        raise InputError(f"--data-dir {args.data_dir}: train and val have other classes: {differ}")
-    check_batch_size(args.batch_size, len(images.labels))
-    batches = Batches(images, torch.arange(len(images.labels)), args.batch_size, True, args)
-    test_batches = Batches(test_images, torch.arange(len(test_images.labels)), args.batch_size,
+    checkpoint = from_process_0(open_out, args)  # machines need not share the folder
+    dataset, test_dataset = open_images(args, train=True), open_images(args, train=False)
+    check_classes(dataset.classes, test_dataset.classes, f"--data-dir {args.data_dir}: train, val")
+    check_batch_size(args.batch_size, len(dataset.labels))
+    batches = Batches(dataset, torch.arange(len(dataset.labels)), args.batch_size, True, args)
+    test_batches = Batches(test_dataset, torch.arange(len(test_dataset.labels)), args.batch_size,
                            False, args)
-    auxiliary = args.recipe["auxiliary"] > 0
-    torch.manual_seed(args.seed)
-    network = open_network(args, len(images.classes), auxiliary)
+    torch.manual_seed(args.seed)  # of the weights
+    network = open_network(args, len(dataset.classes), auxiliary=args.auxiliary > 0)
     norms = {weight for module in network.modules() if isinstance(module, nn.BatchNorm2d)
              for weight in module.parameters()}
     groups = [{"params": [weight for weight in network.parameters() if weight not in norms]},
               {"params": [weight for weight in network.parameters() if weight in norms],
-               "weight_decay": args.recipe["norm_decay"]}]
-    optimizer = torch.optim.SGD(groups, args.lr, MOMENTUM, weight_decay=args.recipe["weight_decay"])
-    if args.recipe["decay"] == "cosine":
+               "weight_decay": args.norm_decay}]
+    optimizer = torch.optim.SGD(groups, args.lr, MOMENTUM, weight_decay=args.weight_decay)
+    if args.lr_decay == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.recipe["decay"])
-    run = Run(args, images, network=network, optimizer=optimizer, schedule=schedule)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.lr_decay)
+    run = Run(args, METHOD, dataset, checkpoint, network=network, optimizer=optimizer,
+              schedule=schedule)
     parameters = count_parameters(network)
-    print0(f"{args.origin}: {parameters:,} parameters, auxiliary head: {auxiliary}")
-    drop = args.recipe["drop_path"]
-    if drop:
+    print0(f"{args.name}: {parameters:,} parameters, auxiliary head: {args.auxiliary > 0}")
+    if args.drop_path:
         network.drop_path = torch.zeros((), device=args.device)
     if args.compile:
         network.compile()
@@ -424,47 +535,47 @@ def train(args):
         start = time.perf_counter()
         # For cutout, drop-path and AutoAugment; other seeds than those of the shuffle.
         torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
-        batches.epoch = epoch
-        if drop:
-            network.drop_path.fill_(drop * epoch / args.epochs)
+        batches.set_epoch(epoch)
+        if args.drop_path:
+            network.drop_path.fill_(args.drop_path * epoch / args.epochs)
         loss = train_epoch(network, optimizer, batches, args)
-        top1, top5 = evaluate(network, test_batches)
+        errors = evaluate(network, test_batches)
         schedule.step()
         seconds = time.perf_counter() - start
-        run.log.append({"epoch": epoch + 1, "loss": loss, "top1_error": top1, "top5_error": top5,
-                        "seconds": seconds})
+        run.log.append({"epoch": epoch + 1, "loss": loss, **errors, "seconds": seconds})
         best = min(run.log, key=lambda row: row["top1_error"])
         is_best = best is run.log[-1]  # on the test images: an optimistic choice
         run.save(["best.pt", CHECKPOINT] if is_best else [CHECKPOINT])
         mean = sum(row["seconds"] for row in run.log) / len(run.log)
-        print0(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.3f}  top-1 error {top1:.2%}  top-5 "
-               f"error {top5:.2%}  {(batches.count + test_batches.count) / seconds:.0f} images/s  "
+        rate = (batches.num_images + test_batches.num_images) / seconds
+        print0(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.3f}  {describe(errors)}  "
+               f"{rate:.0f} images/s  "
                f"{timedelta(seconds=round(mean * (args.epochs - len(run.log))))} left")
 
     best, last = min(run.log, key=lambda row: row["top1_error"]), run.log[-1]
-    print0(f"top-1 error {last['top1_error']:.2%}, top-5 error {last['top5_error']:.2%} (best.pt: "
-           f"{best['top1_error']:.2%}, epoch {best['epoch']}), {parameters:,} parameters")
+    print0(f"{describe(last)} (best.pt: {describe(best)}, epoch {best['epoch']}), "
+           f"{parameters:,} parameters")
 
 def test(args):
     """--evaluate: print the errors of the weights in a file on the test images."""
-    images = open_images(args, train=False)
-    if args.classes and args.classes != images.classes:
-        differ = ", ".join(sorted({*args.classes} ^ {*images.classes}))
-        raise InputError(f"{args.evaluate} and {args.data_dir} differ in the classes {differ}")
-    auxiliary = any("aux" in str(name) for name in args.weights)
-    network = open_network(args, len(images.classes), auxiliary)
-    load_weights(network, args.weights, args.evaluate)
-    index = torch.arange(len(images.labels))
-    top1, top5 = evaluate(network, Batches(images, index, args.batch_size, False, args))
-    print0(f"{args.evaluate}: top-1 error {top1:.2%}, top-5 error {top5:.2%} of {len(index)} "
-           f"images, {count_parameters(network):,} parameters")
+    weights, settings, classes = read_weights(args.evaluate)
+    dataset = open_images(args, train=False)
+    if settings:
+        check_classes(classes, dataset.classes, f"{args.evaluate} and {args.data_dir}")
+    auxiliary = any("aux" in str(name) for name in weights)
+    network = open_network(args, len(dataset.classes), auxiliary)
+    load_by_position(network, weights, args.evaluate)
+    index = torch.arange(len(dataset.labels))
+    errors = evaluate(network, Batches(dataset, index, args.batch_size, False, args))
+    print0(f"{args.evaluate}: {describe(errors)} of {len(index)} images, "
+           f"{count_parameters(network):,} parameters")
 
 def summarise(args):
     """--summary: print parameters, multiply-adds and latency."""
-    num_classes = 1000 if args.dataset == "imagenet" else 10
+    num_classes = {"cifar100": 100, "imagenet": 1000}.get(args.dataset, 10)
     if args.dataset == "imagefolder":
-        num_classes = len(Folder(args.data_dir / "train", args).classes)
-    network, times = open_network(args, num_classes, False).eval(), []
+        num_classes = len(ImageFolder(args.data_dir / "train", args.image_size).classes)
+    network, times = open_network(args, num_classes, auxiliary=False).eval(), []
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), autocast(args.device):
@@ -472,27 +583,91 @@ def summarise(args):
             network(images[:1])
         for _ in range(120):
             start = time.perf_counter()
-            network(images)[0, 0].item()  # waits for the device
+            logits = network(images)
+            logits[0, 0].item()  # waits for the device
             times.append(time.perf_counter() - start)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    print0(f"{args.origin} on {args.dataset}, {num_classes} classes, {args.image_size} pixels: "
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    print0(f"{args.name} on {args.dataset}, {num_classes} classes, {args.image_size} pixels: "
            f"{count_parameters(network):,} parameters, {counter.get_total_flops() / 2e6:,.1f} M "
            f"multiply-adds, latency {1000 * np.median(times[20:]):.2f} ms (median of 100 forward "
-           f"passes, batch {args.batch_size}, {device})")
+           f"passes, batch {args.batch_size}, {logits.dtype}, {device})")
 
 # ==================================================================================================
-# Nothing of the papers stands below: images, ranks, files, what the user sees, arguments, main
+# Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
 
-# ==== shared: images, ranks, files ================================================================
+# ==== shared: images ==============================================================================
 class InputError(Exception):
-    """What the user can fix: one line. An error of the program keeps its traceback."""
+    """Invalid input, reported in one line. Any other exception keeps its traceback."""
 
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other
-SMALL = 64  # pixels: up to this size all the images live on the device, as one tensor
+            "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other data set
+SMALL = 64  # pixels: up to this size all the images are kept on the device, as one tensor
+
+# images (N, 3, S, S) uint8 and labels (N,) on the device; classes, facts: as in ImageFolder
+SmallImages = namedtuple("SmallImages", "images labels classes facts")
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """The images <folder>/<class>/*, each read when it is needed.
+
+    A key is (index of an image, seed of its augmentation); without augmentation, the seed is None.
+    facts: what must be the same in every process, and when a run resumes.
+    """
+    def __init__(self, folder, size):
+        formats = Image.registered_extensions()
+        suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        def is_image(path):  # no hidden file, and none in a hidden folder
+            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[len(str(folder)):]
+        try:
+            super().__init__(folder, is_valid_file=is_image)
+        except OSError as error:  # no such folder, or a class without images
+            raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
+        names = repr([path[len(str(folder)):] for path, _ in self.samples])
+        self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
+        self.facts["number of images"] = len(self.samples)
+        self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.labels = torch.tensor(self.targets)
+        self.plain = plain_transform(size)
+        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory)
+                       if entry.is_dir() and not entry.name.startswith("."))
+        if len(names) < 2:
+            raise InputError(f"--data-dir: {directory} must hold a folder for each of two or more "
+                             f"classes; it holds {', '.join(names) or 'none'}")
+        return names, {name: label for label, name in enumerate(names)}
+
+    def __getitem__(self, key):
+        index, seed = key
+        path, label = self.samples[index]
+        image = open_rgb(path)
+        if seed is None:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
+            return self.augmented(image), label
+
+def open_rgb(path):
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
+            raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
+        return upright_rgb(image)
+    except Exception as error:  # PIL raises many kinds
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+
+def upright_rgb(image):
+    return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs lying
+
+def plain_transform(size):
+    """PIL image -> (3, size, size) uint8, without augmentation."""
+    resized = size if size <= SMALL else size * 256 // 224  # ImageNet: 256, then the central 224
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Images of two gratings under noise -> (count, size, size, 3) uint8, labels (count,), names.
+    """Synthetic images, two gratings under noise -> SmallImages of (count, 3, size, size).
 
     The class is the pair of their angles, the same for a mirror image: training flips images.
     """
@@ -508,393 +683,445 @@ def make_gratings(count, size, seed):
     angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
     distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
-    images = torch.einsum("nwyx,nwc->nyxc", waves, colour)
-    images = images + 0.8 * torch.randn(count, size, size, 3, generator=g)
-    names = [f"angles {a} and {b}" for a, b in pairs.tolist()]
-    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, names
+    images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
+    images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
+    classes = [f"angles {a} and {b}" for a, b in pairs.tolist()]
+    return SmallImages((128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes, {})
 
-class ImageTensor:
-    """Small images, all on the device. images (N, S, S, 3) uint8, labels (N,)."""
-    def __init__(self, images, labels, classes, device):
-        size, self.labels, self.classes = images.shape[1], labels.to(device), classes
-        pad = size // 8  # 4 pixels for images of 32
-        padded = F.pad(images.to(device), (0, 0, pad, pad, pad, pad))
-        self.crops = padded.unfold(1, size, 1).unfold(2, size, 1)  # (N, shifts, shifts, 3, S, S)
+def read_cifar(args, train):
+    name = args.dataset.upper()
+    try:
+        for rank in range(WORLD_SIZE):  # one after the other: the next finds what one downloaded
+            if rank == RANK:
+                data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
+            sum_over_ranks(torch.zeros(1, device=args.device))  # waits for all the processes
+    except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
+        raise InputError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                         f"downloaded: {error}") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return SmallImages(images, torch.tensor(data.targets), data.classes, {})
 
-    def read(self, batches):
-        """Yield images (B, 3, S, S), labels (B,) for each batch of keys (B, 2), see Batches."""
-        shifts = self.crops.shape[1]  # a seed holds the shift in y, in x and the flip, as digits
-        for keys in batches:
-            index, seeds = keys.to(self.labels.device, non_blocking=True).T
-            seeds = torch.where(seeds < 0, shifts**2 // 2, seeds)  # -1: the centre, not flipped
-            images = self.crops[index, seeds % shifts, seeds // shifts % shifts]
-            flip = (seeds // shifts**2 % 2 == 1)[:, None, None, None]
-            yield torch.where(flip, images.flip(3), images), self.labels[index]
-
-class Folder(torchvision.datasets.ImageFolder):
-    """Large images, <folder>/<class>/*, each read when a batch needs it."""
-    def __init__(self, folder, args):
-        super().__init__(folder)
-        folders = {os.path.dirname(path) for path, _ in self.samples}
-        if len({os.path.realpath(path) for path in folders}) < len(folders):
-            raise InputError(f"{folder}: a symbolic link leads to images that are there already")
-        if len(self.classes) < 2:
-            raise InputError(f"{folder} holds one class only, {self.classes[0]}: two are needed")
-        size, self.args, self.labels = args.image_size, args, torch.tensor(self.targets)
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
-                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
-        resized = size if size <= SMALL else size * 256 // 224
-        self.plain = v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __getitem__(self, key):
-        (path, label), seed = self.samples[key[0]], key[1]
-        try:
-            image = Image.open(path)
-            if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
-                raise ValueError(f"pixels of 8 bits are needed, not {image.mode}")
-            image = image.convert("RGB")
-        except Exception as error:  # PIL raises many kinds
-            raise InputError(f"{path} cannot be read as an image: {error}") from None
-        if seed < 0:
-            return self.plain(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
-            return self.augmented(image), label
-
-    def read(self, batches):
-        return torch.utils.data.DataLoader(
-            self, batch_sampler=[keys.tolist() for keys in batches], num_workers=self.args.workers,
-            pin_memory=self.args.device == "cuda", generator=torch.Generator())
+def read_whole_folder(folder, args):
+    """ImageFolder -> SmallImages. Each process reads a share of the files."""
+    share = range(RANK, len(folder), WORLD_SIZE)
+    images = torch.zeros(len(folder), 3, args.image_size, args.image_size, dtype=torch.uint8)
+    loader = torch.utils.data.DataLoader(folder, batch_size=None, num_workers=args.workers,
+                                         sampler=[(index, None) for index in share])
+    for index, (image, _) in zip(share, loader):
+        images[index] = image
+        if silent_for_a_minute():
+            print0(f"    read {index:,} of {len(folder):,} images")
+    images = sum_over_ranks(images.to(args.device))  # what other processes read is 0 here
+    return SmallImages(images, folder.labels, folder.classes, folder.facts)
 
 def open_images(args, train):
-    """The images for training, or for the test -> ImageTensor, or Folder above SMALL pixels."""
+    """The training or the test images -> SmallImages, above SMALL pixels ImageFolder."""
     if args.dataset == "synthetic":
-        images = make_gratings(768 if train else 1000, args.image_size, 2 * args.seed + train)
-    elif args.dataset == "cifar10":
-        try:
-            if RANK == 0:
-                torchvision.datasets.CIFAR10(args.data_dir, train, download=True)
-            barrier()
-            data = torchvision.datasets.CIFAR10(args.data_dir, train)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--data-dir: {args.data_dir} has no CIFAR-10, or a damaged one, and "
-                             f"there is no network to download it ({error})") from None
-        images = torch.from_numpy(data.data), torch.tensor(data.targets), data.classes
+        count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
+        dataset = make_gratings(count, args.image_size, seed)
+    elif args.dataset in ("cifar10", "cifar100"):
+        dataset = read_cifar(args, train)
     else:
-        folder = Folder(args.data_dir / ("train" if train else "val"), args)
+        dataset = ImageFolder(args.data_dir / ("train" if train else "val"), args.image_size)
+        compare_processes(dataset.facts)
+    print0(f"{len(dataset.labels):,} {'training' if train else 'test'} images of "
+           f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:5])} ...")
+    if isinstance(dataset, ImageFolder):
         if args.image_size > SMALL:
-            return folder
-        pixels = [folder[i, -1][0].permute(1, 2, 0) for i in range(len(folder))]
-        images = torch.stack(pixels), folder.labels, folder.classes
-    return ImageTensor(*images, args.device)
+            return dataset
+        dataset = read_whole_folder(dataset, args)
+    return dataset._replace(images=dataset.images.to(args.device),
+                            labels=dataset.labels.to(args.device))
+
+# ==== shared: batches =============================================================================
+def shift_and_flip(images, g):
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
+    count, _, _, size = images.shape
+    pad = size // 8  # 4 pixels for images of 32
+    y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
+    mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
+    crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
+    images = crops[torch.arange(count), :, y, x]  # of (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
-    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a rank gets its share.
+    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a process gets its share.
 
-    They are read by keys: (index of an image, seed of its augmentation, -1: none). Training batches
-    are shuffled, augmented and all full, as follows from the seed and `epoch` alone.
+    dataset: see open_images; index (N,): which of its images. Training batches are shuffled,
+    augmented and all full. What is random in them follows from the seed and the epoch alone, so
+    that --resume is exact.
     """
-    def __init__(self, images, index, batch_size, train, args):
-        self.images, self.index, self.batch_size, self.train = images, index, batch_size, train
+    def __init__(self, dataset, index, batch_size, train, args):
+        self.dataset, self.index, self.batch_size, self.train = dataset, index, batch_size, train
+        self.num_images = len(index) // batch_size * batch_size if train else len(index)
         self.device, self.seed, self.epoch = args.device, args.seed, 0
-        self.count = len(index) // batch_size * batch_size if train else len(index)
-        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]))
-        self.mean, self.std = 255 * mean_std.view(2, 3, 1, 1).to(args.device)
+        mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
+        self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
+        if isinstance(dataset, ImageFolder):
+            self.keys = []  # a list of keys for each batch: the loader reads it at an epoch's start
+            self.loader = torch.utils.data.DataLoader(
+                dataset, batch_sampler=self.keys, num_workers=args.workers,
+                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda",
+                generator=torch.Generator())  # or it would draw from the global one
 
     def __len__(self):
-        return math.ceil(self.count / self.batch_size)
+        return math.ceil(self.num_images / self.batch_size)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def __iter__(self):
-        index, seeds = self.index, torch.full_like(self.index, -1)
+        self.start = time.perf_counter()
+        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        index = self.index
         if self.train:
-            g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
             index = index[torch.randperm(len(index), generator=g)]
-            seeds = torch.randint(2**31, seeds.shape, generator=g)
-        keys = torch.stack([index, seeds], 1)[:self.count].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE] for batch in keys if len(batch) > RANK]  # none is empty
-        for images, labels in self.images.read(shares):
+        batches = index[:self.num_images].split(self.batch_size)
+        batches = [batch for batch in batches if len(batch) > RANK]  # the last may be smaller
+        read = self.read_files if isinstance(self.dataset, ImageFolder) else self.read_memory
+        for self.step, (images, labels) in enumerate(read(batches, g), 1):
             yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                    labels.to(self.device, non_blocking=True))
+
+    def read_memory(self, batches, g):
+        for batch in batches:
+            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+            if self.train:
+                images = shift_and_flip(images, g)  # the whole batch, alike in every process
+            yield images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]
+
+    def read_files(self, batches, g):
+        self.keys.clear()
+        for batch in batches:
+            seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
+            keys = list(zip(batch.tolist(), seeds if self.train else [None] * len(batch)))
+            self.keys.append(keys[RANK::WORLD_SIZE])
+        yield from self.loader
 
     def normalise(self, images):
         return (images - self.mean) / self.std
 
+    def sign_of_life(self, total_loss=None):
+        """Print how far the epoch is, where nothing was printed for a minute."""
+        if silent_for_a_minute():
+            seconds = time.perf_counter() - self.start
+            left = timedelta(seconds=round(seconds * (len(self) / self.step - 1)))
+            loss = "" if total_loss is None else f"  loss {total_loss.item() / self.step:.3f}"
+            name = f"epoch {self.epoch + 1}, training" if self.train else "validation"
+            print0(f"    {name} step {self.step}/{len(self)}{loss}  "
+                   f"{self.step * self.batch_size / seconds:.0f} images/s  {left} left of it")
+
+def check_batch_size(size, num_images):
+    if size > num_images:
+        raise InputError(f"--batch-size {size} is larger than the {num_images} images there are")
+    if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
+        raise InputError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
+                         "processes, and give each of them at least 2 images")
+
+# ==== shared: processes ===========================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun, a process for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
-def start_ranks(args):
+def start_processes(args):
+    """Set up the device, and connect the processes."""
+    if args.dataset == "synthetic" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # images this small leave a second thread waiting
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    compare_processes(fixed_options(args))
 
-def barrier():
+def compare_processes(facts):
+    """Raise an InputError in every process unless all have the same facts, a dict."""
+    everyone = [facts] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.barrier()
+        dist.all_gather_object(everyone, facts)
+    for rank, others in enumerate(everyone):
+        check_same(others, everyone[0], f"in process {rank}", "in process 0")
+
+def check_same(ours, theirs, here, there):
+    """Raise an InputError that names the first entry in which two dicts differ."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            option = name if " " in name else f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is {value} {here}, but {theirs.get(name)} {there}")
+
+def from_process_0(function, args):
+    """What function(args) returns, or raises as an InputError, in process 0: in every process."""
+    result = [None]
+    if RANK == 0:
+        try:
+            result = [function(args)]
+        except InputError as error:
+            result = [error]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
+
+def sum_over_ranks(tensor):
+    """Replace the tensor by its sum over the processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 def average_over_ranks(tensors):
-    """Replace each tensor by its mean over the ranks, all in one message."""
+    """Replace each tensor by its mean over the processes, all in one message."""
     if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / WORLD_SIZE)
+        flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / WORLD_SIZE
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+def average_gradients(weights):
+    """Over the processes. DistributedDataParallel would send those off the path as well."""
+    average_over_ranks([weight.grad for weight in weights if weight.grad is not None])
+
+def finite_mean(total_loss, batches, weights):
+    """The mean loss of an epoch. InputError if it, or a weight that was trained, is not finite."""
+    average_over_ranks([total_loss])
+    loss = total_loss.item() / len(batches)
+    finite = torch.stack([w.isfinite().all() for w in weights if w.grad is not None]).all()
+    if not (math.isfinite(loss) and finite):
+        raise InputError(f"epoch {batches.epoch + 1}: the loss, {loss}, or a weight is not finite: "
+                         "start again with a smaller --lr (the last checkpoint is kept)")
+    return loss
 
 def autocast(device):
     """bfloat16 on a GPU that has it: older ones only emulate it, slowly."""
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device, torch.bfloat16, enabled=native)
+    return torch.autocast("cuda", torch.bfloat16, enabled=native)
 
-def finite_mean(total, batches, weights):
-    """The mean loss over batches and ranks. InputError if it or a weight is not finite."""
-    average_over_ranks([total])
-    mean = total.item() / len(batches)
-    if not math.isfinite(mean) or not all(w.isfinite().all() for w in weights):
-        raise InputError(f"epoch {batches.epoch + 1}: loss {mean}, or a weight, is not finite: "
-                         "start again with a smaller --lr (the last checkpoint is kept)")
-    return mean
-
-def print0(text):
-    """Print on rank 0. A closed pipe, or a character the terminal lacks, does not stop a run."""
-    if RANK == 0 and sys.stdout:
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
-        except OSError:  # the reader has closed the pipe
-            sys.stdout = None
-
+# ==== shared: files ===============================================================================
 CHECKPOINT = "checkpoint.pt"
+MAY_DIFFER = {  # between the processes of a run, and between a run and its --resume
+    "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name"}
+
+def fixed_options(args):
+    return {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        if RANK == 0:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 def read_checkpoint(path):
-    """The dict that torch.save() wrote to path. Raises InputError if it is damaged."""
+    """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")  # torch.load does not look at them
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # torch.load has many ways to fail
+    except Exception as error:  # torch.load has many ways to fail
+        if "Unsupported" in str(error):  # by weights_only
+            raise InputError(f"{path} holds more than tensors, which could run code: save the "
+                             "bare state dict, torch.save(network.state_dict(), FILE)") from None
         raise InputError(f"{path} is damaged, or not a checkpoint") from None
 
-class Run:
-    """A run in --out: checkpoint.pt, for --resume, and log.jsonl, a JSON object an epoch.
+def open_out(args):
+    """Make the folder --out -> the checkpoint from which --resume goes on, None in a new run."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in args.out.iterdir()
+                 if path.suffix != ".tmp" and not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}") from None
+    if args.resume and CHECKPOINT in names:
+        return read_checkpoint(args.out / CHECKPOINT)
+    if names:
+        raise InputError(f"--out {args.out} is not empty: name another folder, or go on with the "
+                         f"run of its {CHECKPOINT} by --resume")
 
-    settings: what --resume must not change. parts: objects to save and restore.
+class Run:
+    """A run in the folder --out: checkpoint.pt, for --resume, and log.jsonl, an object per epoch.
+
+    checkpoint: what open_out found. parts: the objects whose states are saved, by name.
     """
-    def __init__(self, args, images, **parts):
+    def __init__(self, args, method, dataset, checkpoint, **parts):
         self.folder, self.parts, self.log = args.out, parts, []
-        self.settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
-        self.settings.update(method=METHOD, processes=WORLD_SIZE, images=len(images.labels),
-                             classes=images.classes)
-        if args.resume and (self.folder / CHECKPOINT).exists():
-            saved = read_checkpoint(self.folder / CHECKPOINT)
-            before = saved.get("settings", {})
-            for name, value in self.settings.items():
-                if before.get(name) != value:
-                    raise InputError(f"{self.folder / CHECKPOINT} was made with {name} "
-                                     f"{before.get(name)}, not {value}")
+        self.settings = {"the method": method, "number of processes": WORLD_SIZE,
+                         **fixed_options(args), **dataset.facts}
+        self.classes = dataset.classes
+        if checkpoint:
+            check_same(self.settings, checkpoint.get("settings", {}), "in this command",
+                       f"in {self.folder / CHECKPOINT}: --resume needs the same")
             for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            self.log = saved["log"]
+                part.load_state_dict(checkpoint[name])
+            self.log = checkpoint["log"]
         self.save()  # a folder that cannot be written ends the run here
-        print0(", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "classes"))
+        print0(", ".join(f"{name} {value}" for name, value in fixed_options(args).items()))
 
     def save(self, names=(CHECKPOINT,)):
-        """Write the state under each name, in this order, then log.jsonl."""
+        """Write the state to a file of each name, then log.jsonl."""
         if RANK == 0:
-            buffer, state = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
-            torch.save({"settings": self.settings, "log": self.log, **state}, buffer)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            buffer = io.BytesIO()
+            torch.save({"settings": self.settings, "classes": self.classes, "log": self.log,
+                        **state}, buffer)
             for name in names:
                 write_file(self.folder / name, buffer.getvalue())
             lines = [json.dumps(row) + "\n" for row in self.log]
             write_file(self.folder / "log.jsonl", "".join(lines).encode())
 
-@contextlib.contextmanager
-def open_out(args):
-    """Make the folder --out and lock it. InputError unless it is empty, or a run to resume."""
-    lock = args.out / "lock.tmp"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = [path for path in args.out.iterdir() if path.suffix != ".tmp"]
-        if found and not (args.resume and args.out / CHECKPOINT in found):
-            raise InputError(f"--out {args.out} is not empty: name another folder, or go on with "
-                             f"the run of its {CHECKPOINT} by --resume")
-        file = open(lock, "w")
-        if RANK == 0:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-    except BlockingIOError:
-        raise InputError(f"--out {args.out} is in use by another run") from None
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}") from None
-    barrier()  # all have looked before one writes
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("--resume goes on from the last whole epoch") from None
-    finally:
-        file.close()
-        lock.unlink(missing_ok=True)
+last_line = time.perf_counter()  # when the last line was printed
 
-def interrupt(*_):
-    """Of Ctrl-C, the first interrupts, and the next are ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def print0(text):
+    """Print in process 0."""
+    global last_line
+    last_line = time.perf_counter()
+    if RANK == 0:
+        print(text, flush=True)
 
-def number(kind, least, most):
-    """An argparse type: an int or a float from least to most."""
-    def number(text):
-        if not least <= kind(text) <= most:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {least} and {most}")
-        return kind(text)
-    return number
-
-def check_batch_size(size, num_images):
-    least = 2 * WORLD_SIZE  # two images a process, for BatchNorm
-    if size % WORLD_SIZE or not least <= size <= num_images:
-        raise InputError(f"--batch-size {size} must lie between {least} and {num_images}, the "
-                         f"images there are, and be a multiple of {WORLD_SIZE}, the processes")
+def silent_for_a_minute():
+    return RANK == 0 and time.perf_counter() - last_line > 60
 
 # ==== end =========================================================================================
 
-MAY_DIFFER = ["data_dir", "device", "workers", "out", "resume",  # between a run and its --resume
-              "origin", "weights", "classes", "compile", "summary", "evaluate"]
-
 def read_weights(path):
-    """A checkpoint of ours, or a file of the authors -> state dict, settings ({} for theirs)."""
+    """A checkpoint of ours -> its state dict, settings and classes; of others -> ..., {}, []."""
     if not path.is_file():
-        raise InputError(f"--evaluate {path}: no such file")
-    state = read_checkpoint(path)
-    if "distribution" in state:
-        raise InputError(f"--evaluate {path} is the checkpoint of a search")
-    if "network" in state and "settings" in state:
-        return state["network"], state["settings"]
-    return state.get("state_dict", state), {}
+        raise InputError(f"{path}: no such file")
+    checkpoint = read_checkpoint(path)
+    if "distribution" in checkpoint:
+        raise InputError(f"{path} is the checkpoint of a search, not of a network to use")
+    if "network" in checkpoint and "settings" in checkpoint:
+        return checkpoint["network"], checkpoint["settings"], checkpoint["classes"]
+    for name in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(checkpoint.get(name), dict):
+            return checkpoint[name], {}, []
+    return checkpoint, {}, []
 
-def fill(args, values):
-    """Set what the command line leaves open."""
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-def parse_args(argv):
+def parse_args(argv, method=METHOD):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--genotype", help="of a search, a published name, or random:SEED[:gpu or :cpu]")
-    add("--dataset", choices=DEFAULTS, help="by default that of the genotype")
+    add("--genotype", help="a file of a search, a published name, random:SEED[:gpu or :cpu], or a "
+        "genotype as text (default: runs/ddp_nas/genotype.json)")
+    add("--dataset", choices=DEFAULTS, help="default: that of the genotype, or synthetic")
     # ==== shared: arguments =======================================================================
-    add("--data-dir", type=Path, default=Path("data"), help="of CIFAR-10, or of train/<class>/*")
-    add("--image-size", type=number(int, 4, 1024), help="pixels; up to 64: kept on the device")
-    add("--channels", type=number(int, 2, 4096), help="C, channels of the first cell")
-    add("--cells", type=number(int, 3, 1000), help="number of cells")
-    add("--batch-size", type=number(int, 1, 10**6), help="images a step, all processes together")
-    add("--lr", type=number(float, 1e-8, 1e3), help="learning rate of the first epoch")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=number(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-        help="processes that read large images")
-    add("--out", type=Path, default=Path("runs") / METHOD, help="folder for the results")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="CIFAR's folder, it is downloaded if missing; or one with train/<class>/* and, for "
+             "retrain.py, val/<class>/* (default: data)")
+    add("--image-size", type=int, metavar="PIXELS",
+        help="side of an image; up to 64, images stay in memory, shifted and flipped at random; "
+             "above, they get ImageNet's random crops and colours")
+    add("--channels", type=int, help="C, the channels of the first cell")
+    add("--cells", type=int, help="number of cells")
+    add("--batch-size", type=int, help="images per step, of all processes together")
+    add("--lr", type=float, help="learning rate of the first epoch")
+    add("--seed", type=int, help="of everything random (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"),
+        default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, if there")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=int, default=min(8, cores),
+        help="processes that read image files, for each process that trains (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs") / method, help="folder for the results "
+        "(default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     # ==== end =====================================================================================
-    add("--epochs", type=number(int, 1, 10**5), help="of training")
+    add("--epochs", type=int, help="number of training epochs")
     add("--large", action="store_true", help="44 channels, 1,800 epochs and AutoAugment")
     add("--compile", action="store_true", help="use torch.compile")
     add("--summary", action="store_true", help="print parameters, multiply-adds and latency")
-    add("--evaluate", type=Path, metavar="FILE", help="test a checkpoint, of ours or the authors")
-    args = parser.parse_args(argv)
-    args.weights, saved = read_weights(args.evaluate) if args.evaluate else (None, {})
-    args.classes, args.seed = saved.get("classes"), saved.get("seed", args.seed)
-    if saved and args.genotype is None:  # a checkpoint of ours says itself what network it holds
-        genotype, args.origin = saved.get("genotype"), args.evaluate
-        inherited = ("dataset", "image_size", "channels", "cells")
-        fill(args, {name: saved.get(name) for name in inherited})
-    elif args.evaluate and args.genotype is None:
-        raise InputError(f"--evaluate {args.evaluate} does not say what it holds: add --genotype")
+    add("--evaluate", type=Path, metavar="FILE",
+        help="measure the test error of a checkpoint of ours, or of weights of others")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+
+    saved = {}  # what the checkpoint under --evaluate was trained with
+    if "evaluate" in given:
+        _, settings, _ = read_weights(given["evaluate"])
+        names = ("genotype", "dataset", "image_size", "channels", "cells", "seed")
+        saved = {name: settings[name] for name in names if name in settings}
+        if "genotype" not in {**saved, **given}:
+            parser.error(f"--evaluate {given['evaluate']}: what does it hold? Add --genotype")
+    if "genotype" in saved and "genotype" not in given:
+        name, genotype, searched = given["evaluate"], parse_genotype(saved["genotype"]), {}
     else:
-        args.origin = args.genotype or "runs/ddp_nas/genotype.json"
-        genotype = load_genotype(args.origin)
-    args.genotype = check_genotype(genotype, args.origin)
-    args.space, searched = args.genotype["space"], genotype.get("settings")
-    if isinstance(searched, dict) and searched.get("dataset") in [*DEFAULTS]:
-        fill(args, {"dataset": searched["dataset"]})
-        size = searched.get("image_size")
-        if args.dataset == searched["dataset"] and isinstance(size, int) and 4 <= size <= 1024:
-            fill(args, {"image_size": size})
-    fill(args, {"dataset": "synthetic"})
-    if args.space == "mobile" and (args.channels or args.cells or args.large):
+        name = given.get("genotype", "runs/ddp_nas/genotype.json")
+        genotype, searched = load_genotype(name)
+    space = "cell" if isinstance(genotype, Genotype) else "mobile"
+    dataset = ChainMap(given, saved, searched, {"dataset": "synthetic"})["dataset"]
+    if searched.get("dataset") != dataset:
+        searched = {}
+
+    recipe = {"synthetic": SYNTHETIC, "imagenet": IMAGENET_CELL}.get(dataset, CIFAR)
+    if dataset == "imagenet" and space == "mobile":
+        batch_size = given.get("batch_size", IMAGENET_MOBILE["batch_size"])
+        recipe = {**IMAGENET_MOBILE, "lr": IMAGENET_MOBILE["lr"] * batch_size / 1024}
+    layers = [  # the first that has a value wins
+        {"genotype": str(genotype), "name": name, "space": space, "dataset": dataset},
+        given, saved, searched, {"batch_size": 1} if given["summary"] else {},
+        LARGE if given["large"] else {}, recipe, DEFAULTS[dataset], {"seed": 0, "evaluate": None}]
+    args = argparse.Namespace(**ChainMap(*layers))
+    if space == "mobile" and (given["large"] or "channels" in given or "cells" in given):
         parser.error("--channels, --cells and --large are for cells; this is a chain of blocks")
-    if args.dataset == "imagenet" and args.large:
+    if dataset == "imagenet" and args.large:
         parser.error("--large is for small images, not for --dataset imagenet")
-    args.recipe = {"synthetic": SYNTHETIC, "imagenet": IMAGENET_CELL}.get(args.dataset, CIFAR10)
-    if args.dataset == "imagenet" and args.space == "mobile":
-        args.recipe = IMAGENET_MOBILE
-        if args.batch_size:  # the learning rate goes with the batch
-            fill(args, {"lr": args.recipe["lr"] * args.batch_size / args.recipe["batch_size"]})
-    if args.summary:
-        fill(args, {"batch_size": 1})
-    fill(args, LARGE if args.large else {})
-    fill(args, {name: args.recipe[name] for name in ("epochs", "batch_size", "lr")})
-    fill(args, DEFAULTS[args.dataset])
-    args.recipe = dict(args.recipe)
-    if args.space == "mobile" or args.image_size < (224 if args.dataset == "imagenet" else 32):
-        args.recipe["auxiliary"] = 0.0  # there is no map of 7 or 8 pixels that its head could pool
-    if args.space == "mobile":
-        args.recipe["drop_path"] = 0.0
+    if space == "cell" and dataset == "imagenet" and args.image_size % 32:
+        parser.error(f"--image-size {args.image_size} must be a multiple of 32, halved 5 times")
+    if space == "mobile":
+        args.channels = args.cells = None
+        args.drop_path = 0.0
+    if space == "mobile" or args.image_size < (224 if dataset == "imagenet" else 32):
+        args.auxiliary = 0.0  # there is no map of 7 or 8 pixels that its head could pool
     # ==== shared: checks ==========================================================================
+    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3}  # of other integers 1
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if type(value) is int and value < least.get(name, 1):
+            parser.error(f"{option} must be at least {least.get(name, 1)}, not {value}")
+        if type(value) is float and name in given and not 0 < value < math.inf:
+            parser.error(f"{option} must be a number above 0, not {value}")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
-    if args.dataset == "cifar10" and args.image_size != 32:
-        parser.error("--image-size: CIFAR-10 has 32 pixels; other sizes with --dataset imagefolder")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        parser.error("--device mps: torch finds no Apple GPU here")
+    if args.dataset.startswith("cifar") and args.image_size != 32:
+        parser.error("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         parser.error(f"--image-size {args.image_size} must be a multiple of 4, for two reductions")
     # ==== end =====================================================================================
-    if args.space == "mobile":
-        args.channels = args.cells = None
-    elif args.dataset == "imagenet" and args.image_size % 32:
-        parser.error(f"--image-size {args.image_size} must be a multiple of 32, halved 5 times")
     return args
 
 def main(argv=None):
-    """Train, test or summarise -> exit code; a fault of the input is one line, and code 2."""
-    signal.signal(signal.SIGINT, interrupt)
+    """Train, test or summarise -> exit code."""
+    threads = torch.get_num_threads()
     try:
         args = parse_args(argv)
-        start_ranks(args)
+        start_processes(args)
         torch.backends.cudnn.allow_tf32 = False  # errors are measured in full float32
         if args.summary:
             summarise(args)
         elif args.evaluate:
             test(args)
         else:
-            with open_out(args):
-                train(args)
+            train(args)
     # ==== shared: how it ends =====================================================================
-    except KeyboardInterrupt as error:
-        print(f"\ninterrupted. {error}", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("(out of|allocate) memory", str(error))
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        lines = str(error).strip().splitlines() or ["out of memory"]  # the last ends a worker's
-        print(f"{METHOD}.py: error: {lines[-1].rpartition('InputError: ')[2]}", file=sys.stderr)
+    except InputError as error:
+        # A DataLoader's worker sends its traceback, which ends with the message.
+        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: lower --batch-size: {error}", file=sys.stderr)
         return 2
     finally:
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
     # ==== end =====================================================================================
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
+        sys.exit(130)
