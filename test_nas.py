@@ -6,7 +6,7 @@
 """
 import ast, contextlib, copy, errno, functools, io, itertools, json, math, multiprocessing
 import os, pickle, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
-import urllib.request, zlib
+import types, urllib.request, zlib
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -2079,3 +2079,78 @@ def test_missing_genotype_and_options_that_do_not_fit_it(argv, words, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert_refused(retrain, [*argv.split(), "--device", "cpu"], tmp_path, *words)
 
+# ==== the README ==================================================================================
+README = (HERE / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+USE, RANDOM_SEARCH, BENCHMARK, COURSEWORK = BLOCKS
+
+def run_block(block, folder, *argv):
+    """A block of the README as a script of its own -> what it prints."""
+    (folder / "block.py").write_text(block, encoding="utf-8")
+    done = subprocess.run([sys.executable, "block.py", *map(str, argv)], cwd=folder, env=ENV,
+                          capture_output=True, text=True, encoding="utf-8", timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+def test_readme_classifies_an_image_with_the_network_of_a_run(runs, images, tmp_path):
+    photo = images / "val" / "dogs" / "00.png"
+    text = run_block(USE, tmp_path, runs(retrain)[0] / "best.pt", photo)
+    assert re.fullmatch(r"(cats|dogs): \d+\.\d%\n", text)
+    exported = torch.export.load(tmp_path / "network.pt2").module()
+    assert exported(torch.rand(3, 3, 8, 8)).shape == (3, 2)
+
+def test_readme_runs_random_search(tmp_path):
+    options = "--epochs 8 --channels 2 --image-size 8 --batch-size 96 --device cpu".split()
+    run_block(RANDOM_SEARCH, tmp_path, *options)
+    out = tmp_path / "runs" / "random_search"
+    log, genotype, edge = read_log(out), read_genotype(out), 0
+    winner = max(log, key=lambda row: row["accuracy"])["sample"]
+    assert len(log) == 8 and len({tuple(row["sample"]) for row in log}) == 8
+    for cell in (genotype.normal, genotype.reduce):
+        for i, node in enumerate(nodes_of(cell)):
+            on_edges = [list(ddp_nas.OPS)[op] for op in winner[edge:edge + 2 + i]]
+            if sum(name != "none" for name in on_edges) >= 2:
+                assert all(on_edges[source] == name for name, source in node)
+            edge += 2 + i
+
+def test_readme_finds_better_than_random_search_where_accuracies_add_up(tmp_path):
+    """The benchmark's format, with made-up accuracies."""
+    draw, table = np.random.default_rng(0), {}
+    worth = draw.random((8, 3))
+    for sample in itertools.product(range(3), repeat=8):
+        mean = 80 + 10 * worth[range(8), sample].mean()
+        trainings = (mean + 0.1 * draw.standard_normal(3)).tolist()
+        table["".join(map(str, sample))] = {"test_acc": trainings, "mean_acc": mean}
+    (tmp_path / "nas-bench-macro_cifar10.json").write_text(json.dumps(table))
+    pruned, random = map(float, re.findall(r": ([\d.]+) %", run_block(BENCHMARK, tmp_path)))
+    assert random < pruned <= 80 + 10 * worth.max(1).mean()
+
+def import_changed(script, changes):
+    """The script as a module, with the changes to its text."""
+    text = TEXTS[script]
+    for old, new in changes:
+        text = text.replace(old, new)
+    module = types.ModuleType(script.METHOD)
+    exec(compile(text, script.METHOD, "exec"), vars(module))
+    return module
+
+@pytest.mark.parametrize("changes, pruning, multinomial", [
+    ([], 0.449, 0.899),
+    ([("passes=3", "passes=1")], 0.634, None), ([("passes=3", "passes=9")], 0.241, None),
+    ([("decay=0.5", "decay=0")], 0.554, None), ([("decay=0.5", "decay=1")], 0.392, None),
+    ([("(100 * self", "(10 * self")], 0.384, None),
+    ([("(100 * self", "(1000 * self")], 0.510, None),
+    ([("wins = (dE < 0) & (dA > 0)", "wins = (dA > 0)")], None, 0.519)])
+def test_readme_coursework_and_its_answers(changes, pruning, multinomial, monkeypatch, capsys):
+    """Each change as the exercise has it; 20 of its 200 seeds, so within 5 standard errors."""
+    for old, _ in changes:
+        assert old in TEXTS[ddp_nas] + TEXTS[mdenas]
+    for script in SCRIPTS[:2]:
+        monkeypatch.setitem(sys.modules, script.METHOD, import_changed(script, changes))
+    assert COURSEWORK.count("200") == 2
+    exec(COURSEWORK.replace("200", "20"), {})
+    found = [float(value) for value in re.findall(r"([\d.]+) ±", capsys.readouterr().out)]
+    for value, answer in zip(found, (pruning, multinomial), strict=True):
+        if answer:
+            assert f"{answer:.3f}" in README
+            assert abs(value - answer) < (0.08 if answer == pruning else 0.15)
