@@ -1,6 +1,6 @@
 """Dynamic Distribution Pruning for Efficient Network Architecture Search (arXiv:1905.13543).
 
-    python ddp_nas.py                      # synthetic images, about 2 minutes on one CPU core
+    python ddp_nas.py                      # synthetic images, one or two minutes on a CPU core
     python ddp_nas.py --dataset cifar10    # the paper's search on CIFAR-10
     python ddp_nas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs

@@ -1,6 +1,6 @@
 """Multinomial Distribution Learning for Effective Neural Architecture Search (arXiv:1905.07529).
 
-    python mdenas.py                      # synthetic images, about 2 minutes on one CPU core
+    python mdenas.py                      # synthetic images, one or two minutes on a CPU core
     python mdenas.py --dataset cifar10    # the paper's search on CIFAR-10
     python mdenas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 mdenas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
