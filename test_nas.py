@@ -1783,14 +1783,14 @@ def test_a_finished_run_resumes_to_what_it_was(script, runs, images, tmp_path):
 def test_resume_of_a_run_is_exact_with_workers_drop_path_and_cutout(
         large_images, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    argv = lambda out: tiny(retrain, large_images, out, "--image-size", 72, "--workers", 1,
-                            "--batch-size", 4, "--epochs", 4)
-    assert run(retrain, argv(whole))[0] == 0
+    argv = lambda out, workers: tiny(retrain, large_images, out, "--image-size", 72, "--epochs", 4,
+                                     "--batch-size", 4, "--workers", workers)
+    assert run(retrain, argv(whole, 1))[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(retrain, "train_epoch", failing(3, retrain.train_epoch, Killed()))
         with pytest.raises(Killed):
-            run(retrain, argv(stopped))
-    assert len(read_log(stopped)) == 2 and run(retrain, [*argv(stopped), "--resume"])[0] == 0
+            run(retrain, argv(stopped, 0))
+    assert len(read_log(stopped)) == 2 and run(retrain, [*argv(stopped, 1), "--resume"])[0] == 0
     assert_same_run(stopped, whole)
 
 @each_script
