@@ -115,13 +115,13 @@ def check_accuracy(accuracy):
 # ==== shared: one epoch ===========================================================================
 def train_epoch(network, optimizer, batches, sample):
     """One pass over the batches along the path of the sample (E,) -> mean loss."""
-    weights = list(network.parameters())  # SGD leaves those off the path alone: no gradient
+    weights = list(network.parameters())
     total_loss = torch.zeros((), device=batches.device)
     for images, labels in batches:
         with autocast(batches.device):
             logits = network(batches.normalise(images), sample)
             loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # to None: SGD leaves the weights off the path alone
         loss.backward()
         average_gradients(weights)
         nn.utils.clip_grad_norm_(weights, CLIP)
@@ -146,7 +146,7 @@ def search(args, distribution, method=METHOD):
     """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
     checkpoint = from_process_0(open_out, args)  # machines need not share the folder
     train_half, validation_half = split_training_images(args)
-    torch.manual_seed(args.seed)  # of the weights
+    torch.manual_seed(args.seed)  # of the weights; here, for reading a folder draws numbers, too
     network = build_supernet(args, num_classes=len(train_half.dataset.classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -171,7 +171,7 @@ def search(args, distribution, method=METHOD):
         if count_alive(distribution) < num_alive:  # a round has ended
             print_distribution(distribution.probabilities, args)
 
-    rounds = {}  # k -> the accuracies of its round
+    rounds = {}  # number of alive operations -> the accuracies of that round
     for row in run.log:
         rounds.setdefault(row["alive"], []).append(row["accuracy"])
     means = [sum(accuracies) / len(accuracies) for accuracies in rounds.values()]
@@ -391,7 +391,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     """The images <folder>/<class>/*, each read when it is needed.
 
     A key is (index of an image, seed of its augmentation); without augmentation, the seed is None.
-    facts: what must be the same in every process, and when a run resumes.
+    facts: what describes them; the same in all processes, and in a run and its --resume.
     """
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
@@ -474,7 +474,7 @@ def read_cifar(args, train):
         for rank in range(WORLD_SIZE):  # one after the other: the next finds what one downloaded
             if rank == RANK:
                 data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
-            sum_over_ranks(torch.zeros(1, device=args.device))  # waits for all the processes
+            sum_over_ranks(torch.zeros(1, device=args.device)).item()  # waits for all processes
     except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
         raise InputError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
                          f"downloaded: {error}") from None
@@ -533,13 +533,15 @@ class Batches:
     """
     def __init__(self, dataset, index, batch_size, train, args):
         self.dataset, self.index, self.batch_size, self.train = dataset, index, batch_size, train
-        self.num_images = len(index) // batch_size * batch_size if train else len(index)
+        self.num_images = len(index)
+        if train:
+            self.num_images -= len(index) % batch_size  # a last, smaller batch is left out
         self.device, self.seed, self.epoch = args.device, args.seed, 0
         mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
         self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
         if isinstance(dataset, ImageFolder):
-            self.keys = []  # a list of keys for each batch: the loader reads it at an epoch's start
+            self.keys = []  # the batches of an epoch, lists of keys: filled anew for the loader
             self.loader = torch.utils.data.DataLoader(
                 dataset, batch_sampler=self.keys, num_workers=args.workers,
                 persistent_workers=args.workers > 0, pin_memory=args.device == "cuda",
@@ -558,11 +560,15 @@ class Batches:
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
         batches = index[:self.num_images].split(self.batch_size)
-        batches = [batch for batch in batches if len(batch) > RANK]  # the last may be smaller
+        # In a test the last batch may have no image for this process.
+        batches = [batch for batch in batches if len(batch) > RANK]
         read = self.read_files if isinstance(self.dataset, ImageFolder) else self.read_memory
-        for self.step, (images, labels) in enumerate(read(batches, g), 1):
-            yield (images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
-                   labels.to(self.device, non_blocking=True))
+        pinned = self.device == "cuda"
+        self.step = 0
+        for images, labels in read(batches, g):
+            self.step += 1
+            yield (images.to(self.device, non_blocking=pinned, memory_format=torch.channels_last),
+                   labels.to(self.device, non_blocking=pinned))
 
     def read_memory(self, batches, g):
         for batch in batches:
@@ -574,8 +580,10 @@ class Batches:
     def read_files(self, batches, g):
         self.keys.clear()
         for batch in batches:
-            seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
-            keys = list(zip(batch.tolist(), seeds if self.train else [None] * len(batch)))
+            seeds = [None] * len(batch)
+            if self.train:
+                seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
+            keys = list(zip(batch.tolist(), seeds))
             self.keys.append(keys[RANK::WORLD_SIZE])
         yield from self.loader
 
@@ -594,7 +602,8 @@ class Batches:
 
 def check_batch_size(size, num_images):
     if size > num_images:
-        raise InputError(f"--batch-size {size} is larger than the {num_images} images there are")
+        raise InputError(f"--batch-size {size} is larger than the {num_images} images for it (a "
+                         "search splits the training images into halves)")
     if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
         raise InputError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
                          "processes, and give each of them at least 2 images")
@@ -618,11 +627,11 @@ def start_processes(args):
 
 def compare_processes(facts):
     """Raise an InputError in every process unless all have the same facts, a dict."""
-    everyone = [facts] * WORLD_SIZE
+    all_facts = [facts] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(everyone, facts)
-    for rank, others in enumerate(everyone):
-        check_same(others, everyone[0], f"in process {rank}", "in process 0")
+        dist.all_gather_object(all_facts, facts)  # now each process holds those of all
+    for rank in range(WORLD_SIZE):
+        check_same(all_facts[rank], all_facts[0], f"in process {rank}", "in process 0")
 
 def check_same(ours, theirs, here, there):
     """Raise an InputError that names the first entry in which two dicts differ."""
@@ -699,7 +708,7 @@ def read_checkpoint(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has many ways to fail
-        if "Unsupported" in str(error):  # by weights_only
+        if "Unsupported global" in str(error):  # by weights_only
             raise InputError(f"{path} holds more than tensors, which could run code: save the "
                              "bare state dict, torch.save(network.state_dict(), FILE)") from None
         raise InputError(f"{path} is damaged, or not a checkpoint") from None
@@ -721,12 +730,12 @@ def open_out(args):
 class Run:
     """A run in the folder --out: checkpoint.pt, for --resume, and log.jsonl, an object per epoch.
 
-    checkpoint: what open_out found. parts: the objects whose states are saved, by name.
+    checkpoint: the state to go on from, or None. parts: name -> what has a state_dict().
     """
     def __init__(self, args, method, dataset, checkpoint, **parts):
         self.folder, self.parts, self.log = args.out, parts, []
         self.settings = {"the method": method, "number of processes": WORLD_SIZE,
-                         **fixed_options(args), **dataset.facts}
+                         "list of operations": list(OPS), **fixed_options(args), **dataset.facts}
         self.classes = dataset.classes
         if checkpoint:
             check_same(self.settings, checkpoint.get("settings", {}), "in this command",
@@ -734,7 +743,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             self.log = checkpoint["log"]
-        self.save()  # a folder that cannot be written ends the run here
+        self.save()  # now: a folder that cannot be written ends the run at its start
         print0(", ".join(f"{name} {value}" for name, value in fixed_options(args).items()))
 
     def save(self, names=(CHECKPOINT,)):
@@ -768,8 +777,8 @@ def split_training_images(args):
     g = torch.Generator().manual_seed(args.seed)
     training, validation = torch.randperm(len(dataset.labels), generator=g).tensor_split(2)
     check_batch_size(args.batch_size, len(validation))
-    # BatchNorm takes its statistics from the batch, so all validation batches have one size. Up to
-    # one image of each batch is left over for that (with several processes: one for each process).
+    # BatchNorm takes its statistics from the batch, so all validation batches have one size, at
+    # least --batch-size and below twice as much. The few images that are left over are not used.
     num_batches = len(validation) // args.batch_size
     size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
     return (Batches(dataset, training, args.batch_size, True, args),
@@ -871,13 +880,15 @@ def parse_args(argv, options, method):
              if value is not None}
     args = argparse.Namespace(**{"seed": 0, **DEFAULTS[given["dataset"]], **given})
     # ==== shared: checks ==========================================================================
-    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3}  # of other integers 1
-    for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')}"
-        if type(value) is int and value < least.get(name, 1):
-            parser.error(f"{option} must be at least {least.get(name, 1)}, not {value}")
-        if type(value) is float and name in given and not 0 < value < math.inf:
-            parser.error(f"{option} must be a number above 0, not {value}")
+    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3, "image_size": 1, "batch_size": 1,
+             "epochs": 1, "passes": 1}
+    for name in least.keys() & given.keys():
+        if given[name] < least[name]:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, not "
+                         f"{given[name]}")
+    for name in {"lr", "alpha"} & given.keys():
+        if not 0 < given[name] < math.inf:  # NaN fails this, too
+            parser.error(f"--{name} must be a number above 0, not {given[name]}")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -910,7 +921,7 @@ def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, met
         # A DataLoader's worker sends its traceback, which ends with the message.
         print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         print(f"error: lower --batch-size: {error}", file=sys.stderr)
         return 2
     finally:

@@ -903,10 +903,10 @@ def test_both_scripts_run_a_distribution_of_ones_own_with_its_own_options(
         return made[-1]
     options = {"epochs": (10, "how long"), "temperature": (0.5, "how warm")}
     argv = ["--device", "cpu", "--channels", "2", "--image-size", "8", "--batch-size", "96",
-            "--temperature", "0.25"]
+            "--temperature", "0"]  # no limit of ours
     monkeypatch.chdir(tmp_path)
     assert script.main(argv, make_uniform, options, "uniform") == 0
-    assert (made[0].temperature, made[0].total_epochs, made[0].recorded) == (0.25, 10, 10)
+    assert (made[0].temperature, made[0].total_epochs, made[0].recorded) == (0, 10, 10)
     genotype = read_genotype(tmp_path / "runs" / "uniform")
     assert {op for op, _ in genotype.normal} == {"sep_conv_3x3"}
     with pytest.raises(TypeError):  # an error of the method keeps its traceback
@@ -2082,7 +2082,7 @@ def test_missing_genotype_and_options_that_do_not_fit_it(argv, words, tmp_path, 
 # ==== the README ==================================================================================
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-USE, RANDOM_SEARCH, BENCHMARK, COURSEWORK = BLOCKS
+USE, RANDOM_SEARCH, OPERATION, BENCHMARK, COURSEWORK = BLOCKS
 
 def run_block(block, folder, *argv):
     """A block of the README as a script of its own -> what it prints."""
@@ -2112,6 +2112,15 @@ def test_readme_runs_random_search(tmp_path):
             if sum(name != "none" for name in on_edges) >= 2:
                 assert all(on_edges[source] == name for name, source in node)
             edge += 2 + i
+
+def test_readme_searches_and_trains_with_an_operation_of_ones_own(images, tmp_path):
+    argv = tiny(ddp_nas, images, "search", "--channels", 4)
+    text = run_block(OPERATION, tmp_path, *argv)
+    assert len(read_log(tmp_path / "search")) == 44 and re.search("none .* conv_$", text, re.M)
+    argv = tiny(retrain, images, "alone", "--genotype", "search/genotype.json", "--epochs", 1)
+    run_block(OPERATION.replace("ddp_nas", "retrain"), tmp_path, *argv)
+    argv = tiny(ddp_nas, images, tmp_path / "search", "--channels", 4, "--resume")
+    assert_refused(ddp_nas, argv, tmp_path, "list of operations is", "conv_3x3")
 
 def test_readme_finds_better_than_random_search_where_accuracies_add_up(tmp_path):
     """The benchmark's format, with made-up accuracies."""
