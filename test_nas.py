@@ -673,20 +673,27 @@ def test_workers_stay_from_epoch_to_epoch_and_change_nothing(large_images):
     assert same(seen[:3], seen[3:]) and not same(seen[0], seen[1])
     assert workers[:3] == 3 * [set()] and len(workers[3]) == 2 and workers[3] == workers[5]
 
-def test_spawned_workers_read_the_same_in_a_run(large_images, tmp_path):
-    """As on macOS and Windows, from a script of one's own with the guard that it needs."""
-    (tmp_path / "own.py").write_text(
-        "import multiprocessing, sys, mdenas\n"
-        "if __name__ == '__main__':\n"
-        "    multiprocessing.set_start_method('spawn')\n"
-        "    sys.exit(mdenas.main(sys.argv[1:]))\n")
-    argv = lambda out, workers: tiny(mdenas, large_images, tmp_path / out, "--image-size", 72,
-                                     "--workers", workers, "--batch-size", 4, "--epochs", 2)
-    command = [sys.executable, "own.py", *map(str, argv("spawned", 1))]
-    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert run(mdenas, argv("plain", 0))[0] == 0
-    assert read_log(tmp_path / "spawned") == read_log(tmp_path / "plain")
+SPAWN = """
+import multiprocessing, sys, torch, ddp_nas
+from argparse import Namespace
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    folder = ddp_nas.ImageFolder(sys.argv[1], 72)
+    args = Namespace(device="cpu", seed=0, dataset="imagefolder", workers=1)
+    batches = ddp_nas.Batches(folder, torch.arange(len(folder)), 4, True, args)
+    torch.save(list(batches), sys.argv[2])
+"""
+
+def test_spawned_workers_read_the_same(large_images, tmp_path):
+    """As on macOS and Windows, where a script of one's own needs the guard."""
+    (tmp_path / "own.py").write_text(SPAWN)
+    command = [sys.executable, "own.py", large_images / "train", "batches.pt"]
+    subprocess.run(command, cwd=tmp_path, env=ENV, check=True)
+    args = settings(dataset="imagefolder", data_dir=large_images, image_size=72)
+    opened = ddp_nas.open_images(args, train=True)
+    batches = ddp_nas.Batches(opened, torch.arange(len(opened.labels)), 4, True, args)
+    assert same(load(tmp_path / "batches.pt"), list(batches))
 
 def test_folders_as_people_have_them(tmp_path):
     """Hidden folders and files are no images; every suffix that PIL opens is one."""
@@ -911,21 +918,6 @@ def test_both_scripts_run_a_distribution_of_ones_own_with_its_own_options(
     assert {op for op, _ in genotype.normal} == {"sep_conv_3x3"}
     with pytest.raises(TypeError):  # an error of the method keeps its traceback
         script.main([*argv, "--out", "other"], lambda **more: None, options, "uniform")
-
-def test_an_operation_of_ones_own_is_searched_and_trained_in_a_run(images, tmp_path, monkeypatch):
-    make_op = lambda c, stride, norm: nn.Sequential(nn.Conv2d(c, c, 1, stride), norm(c))
-    for script in SCRIPTS:
-        monkeypatch.setitem(script.OPS, "mine", make_op)
-    skip_training(ddp_nas, monkeypatch, [])
-    argv = tiny(ddp_nas, images, tmp_path / "search")
-    code, text, err = run(ddp_nas, argv)
-    assert code == 0 and len(read_log(tmp_path / "search")) == 44, err  # of 9 operations
-    assert re.search("^ +none .* mine$", text, re.M)
-    genotype = read_genotype(tmp_path / "search")
-    assert "mine" in {op for op, _ in genotype.normal + genotype.reduce}, "choose another seed"
-    argv = tiny(retrain, images, tmp_path / "alone", "--genotype", tmp_path / "search" /
-                "genotype.json", "--epochs", 1)
-    assert run(retrain, argv)[0] == 0
 
 # ==== the devices =================================================================================
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1729,7 +1721,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_result(
     """After two epochs; in an epoch, before and after each file is put in place."""
     finished, out = runs(script)[0], shutil.copytree(runs(script)[1], tmp_path / "run")
     argv, replace = tiny(script, images, out, "--resume"), os.replace
-    for number in range(1, 7):
+    for number in range(1, 5):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", failing(number, replace, Killed()))
             with pytest.raises(Killed):
@@ -2113,14 +2105,26 @@ def test_readme_runs_random_search(tmp_path):
                 assert all(on_edges[source] == name for name, source in node)
             edge += 2 + i
 
-def test_readme_searches_and_trains_with_an_operation_of_ones_own(images, tmp_path):
-    argv = tiny(ddp_nas, images, "search", "--channels", 4)
-    text = run_block(OPERATION, tmp_path, *argv)
-    assert len(read_log(tmp_path / "search")) == 44 and re.search("none .* conv_$", text, re.M)
-    argv = tiny(retrain, images, "alone", "--genotype", "search/genotype.json", "--epochs", 1)
-    run_block(OPERATION.replace("ddp_nas", "retrain"), tmp_path, *argv)
-    argv = tiny(ddp_nas, images, tmp_path / "search", "--channels", 4, "--resume")
-    assert_refused(ddp_nas, argv, tmp_path, "list of operations is", "conv_3x3")
+def test_readme_searches_and_trains_with_an_operation_of_ones_own(
+        images, tmp_path, monkeypatch, capsys):
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "OPS", dict(script.OPS))
+    skip_training(ddp_nas, monkeypatch, [])
+    search = tiny(ddp_nas, images, tmp_path / "search")
+    alone = tiny(retrain, images, tmp_path / "alone", "--genotype", tmp_path / "search" /
+                 "genotype.json", "--epochs", 1)
+    assert_refused(retrain, alone, tmp_path, "cannot be read")  # as there is none yet
+    for script, argv in ((ddp_nas, search), (retrain, alone)):
+        monkeypatch.setattr(sys, "argv", ["own.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            exec(OPERATION.replace("ddp_nas", script.METHOD), {"__name__": "__main__"})
+        assert stop.value.code == 0, capsys.readouterr()
+    assert len(read_log(tmp_path / "search")) == 44  # of 9 operations
+    assert re.search("none .* conv_$", capsys.readouterr().out, re.M)
+    genotype = read_genotype(tmp_path / "search")
+    assert "conv_3x3" in {op for op, _ in genotype.normal + genotype.reduce}
+    del ddp_nas.OPS["conv_3x3"]
+    assert_refused(ddp_nas, [*search, "--resume"], tmp_path, "list of operations is", "conv_3x3")
 
 def test_readme_finds_better_than_random_search_where_accuracies_add_up(tmp_path):
     """The benchmark's format, with made-up accuracies."""
