@@ -373,13 +373,14 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        below = len(str(folder))  # where in a path the part below the folder begins
         def is_image(path):  # no hidden file, and none in a hidden folder
-            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[len(str(folder)):]
+            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
         try:
             super().__init__(folder, is_valid_file=is_image)
         except OSError as error:  # no such folder, or a class without images
             raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
-        names = repr([path[len(str(folder)):] for path, _ in self.samples])
+        names = repr([path[below:] for path, _ in self.samples])
         self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
         self.facts["number of images"] = len(self.samples)
         self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -498,7 +499,8 @@ def shift_and_flip(images, g):
     y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
     mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
     crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
-    images = crops[torch.arange(count), :, y, x]  # of (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    # crops: (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    images = crops[torch.arange(count, device=y.device), :, y, x]
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:

@@ -223,10 +223,10 @@ def check_cells(normal, normal_concat, reduce, reduce_concat):
     cells = []
     fields = ("normal", normal, normal_concat), ("reduce", reduce, reduce_concat)
     for cell, nodes, concat in fields:
-        if len(concat) != NUM_NODES or list(concat) != list(NODES):
+        if len(concat) != NUM_NODES or list(concat) != list(NODES):  # a range may be huge
             raise InputError(f"{cell}_concat must be all the nodes, 2 to 5, not {concat}")
         nested = not isinstance(nodes[0][0], str)
-        pairs = [tuple(pair) for node in nodes for pair in node] if nested else list(nodes)
+        pairs = [pair for node in nodes for pair in node] if nested else nodes
         if len(pairs) != 2 * NUM_NODES:
             raise InputError(f"{cell} must have 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
         for i, (operation, source) in enumerate(pairs):
@@ -616,13 +616,14 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        below = len(str(folder))  # where in a path the part below the folder begins
         def is_image(path):  # no hidden file, and none in a hidden folder
-            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[len(str(folder)):]
+            return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
         try:
             super().__init__(folder, is_valid_file=is_image)
         except OSError as error:  # no such folder, or a class without images
             raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
-        names = repr([path[len(str(folder)):] for path, _ in self.samples])
+        names = repr([path[below:] for path, _ in self.samples])
         self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
         self.facts["number of images"] = len(self.samples)
         self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -741,7 +742,8 @@ def shift_and_flip(images, g):
     y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
     mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
     crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
-    images = crops[torch.arange(count), :, y, x]  # of (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    # crops: (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    images = crops[torch.arange(count, device=y.device), :, y, x]
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
@@ -1008,7 +1010,9 @@ def read_weights(path):
 
 def parse_args(argv, method=METHOD):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="For a chain of blocks on ImageNet, the default --lr is 0.4 for 1,024 images, and "
+               "--batch-size scales it.")
     add = parser.add_argument
     add("--genotype", help="a file of a search, a published name, random:SEED[:gpu or :cpu], or a "
         "genotype as text (default: runs/ddp_nas/genotype.json)")
