@@ -11,15 +11,16 @@ along that single path on one half of the training images, and measures the accu
 the other half. Once every remaining operation was sampled T times, each edge loses the operation
 with the lowest score. The survivors are the result.
 
-Blocks marked `shared` are the same, to the character, in mdenas.py, and some in retrain.py.
+What this script shares with mdenas.py and retrain.py is the same to the character.
 """
-import argparse, functools, hashlib, io, json, math, os, shlex, sys, time
+import argparse, functools, io, json, math, os, sys, time
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 METHOD = "ddp_nas"
@@ -95,7 +96,6 @@ class DynamicDistribution:
             self.num_alive -= 1
             self.epoch = 0
 
-    # ==== shared: state ===========================================================================
     def state_dict(self):
         """Every attribute, the state of the random generator included; a checkpoint holds it.
 
@@ -112,77 +112,95 @@ def check_accuracy(accuracy):
     if not 0 <= accuracy <= 1:  # NaN fails this, too
         raise ValueError(f"an accuracy lies between 0 and 1, not at {accuracy}")
 
-# ==== shared: one epoch ===========================================================================
+# ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
-    """One pass over the batches along the path of the sample (E,) -> mean loss."""
+    """Train the path of the sample (E,) on every batch once -> mean loss.
+
+    batches: images (B, 3, S, S), normalised, and labels (B,), on the device of the network.
+    """
     weights = list(network.parameters())
-    total_loss = torch.zeros((), device=batches.device)
+    device = weights[0].device
+    totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
     for images, labels in batches:
-        with autocast(batches.device):
-            logits = network(batches.normalise(images), sample)
+        with autocast(device):
+            logits = network(images, sample)
             loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()  # to None: SGD leaves the weights off the path alone
+        optimizer.zero_grad()  # to None, so that SGD skips the weights off the path
         loss.backward()
         average_gradients(weights)
-        nn.utils.clip_grad_norm_(weights, CLIP)
+        norm = nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        total_loss += loss.detach()  # not .item(): that would wait for the device
-        batches.sign_of_life(total_loss)
-    return finite_mean(total_loss, batches, weights)
+        totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
+    return finite_mean(totals, len(batches))
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
-    num_correct = torch.zeros((), device=batches.device)
+    device = next(network.parameters()).device
+    totals = torch.zeros(2, device=device)  # correct images, all images
     for images, labels in batches:
-        with autocast(batches.device):
-            logits = network(batches.normalise(images), sample)
-        num_correct += (logits.argmax(1) == labels).sum()
-        batches.sign_of_life()
-    return sum_over_ranks(num_correct).item() / batches.num_images
+        with autocast(device):
+            logits = network(images, sample)
+        totals[0] += (logits.argmax(1) == labels).sum()
+        totals[1] += len(labels)
+    average_over_processes([totals])  # a ratio of means is one of sums
+    num_correct, num_images = totals.tolist()
+    return num_correct / num_images
 
 # ==== the search ==================================================================================
-def search(args, distribution, method=METHOD):
+def split_training_images(args):
+    """The training images, and the batches of two halves of them: to train, and to validate."""
+    dataset = open_images(args, train=True)
+    g = torch.Generator().manual_seed(args.seed)
+    training, validation = torch.randperm(len(dataset), generator=g).tensor_split(2)
+    check_batch_size(args.batch_size, len(validation))
+    # BatchNorm takes its statistics from the batch, so all validation batches have one size: 48 of
+    # 520 for 25,000 images and --batch-size 512. The few images that are left over are not used.
+    num_batches = len(validation) // args.batch_size
+    size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
+    return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
+            Batches(dataset, validation[:num_batches * size], size, args, train=False))
+
+def search(args, distribution):
     """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
-    checkpoint = from_process_0(open_out, args)  # machines need not share the folder
-    train_half, validation_half = split_training_images(args)
-    torch.manual_seed(args.seed)  # of the weights; here, for reading a folder draws numbers, too
-    network = build_supernet(args, num_classes=len(train_half.dataset.classes))
+    dataset, train_half, validation_half = split_training_images(args)
+    torch.manual_seed(args.seed)  # of the initial weights, the same in every process
+    network = build_supernet(args, num_classes=len(dataset.classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, distribution.total_epochs, min(LR_MIN, args.lr))
-    run = Run(args, method, train_half.dataset, checkpoint, network=network, optimizer=optimizer,
-              schedule=schedule, distribution=distribution)
+    settings = {**run_settings(args), "images": len(dataset), "classes": dataset.classes,
+                "operations": list(OPS)}
+    parts = dict(network=network, optimizer=optimizer, schedule=schedule,
+                 distribution=distribution)
+    log = load_checkpoint(args, settings, parts)
+    print_settings(settings)
 
-    for epoch in range(len(run.log), distribution.total_epochs):  # --resume: from the log's end
+    for epoch in range(len(log), distribution.total_epochs):  # --resume: from the log's end
         start = time.perf_counter()
         num_alive = count_alive(distribution)
         sample = distribution.sample()
-        train_half.set_epoch(epoch)
+        train_half.epoch = epoch
         loss = train_epoch(network, optimizer, train_half, sample)
         accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
         schedule.step()
-        run.log.append({"epoch": epoch + 1, "alive": num_alive, "sample": sample, "loss": loss,
-                        "accuracy": accuracy, "seconds": time.perf_counter() - start})
-        run.save()
-        print_epoch(run.log, distribution.total_epochs,
+        log.append({"epoch": epoch + 1, "alive": num_alive, "sample": sample, "loss": loss,
+                    "accuracy": accuracy, "seconds": time.perf_counter() - start})
+        save_checkpoint(args, settings, parts, log)
+        print_epoch(log, distribution.total_epochs, f"accuracy {accuracy:.2%}",
                     train_half.num_images + validation_half.num_images)
         if count_alive(distribution) < num_alive:  # a round has ended
             print_distribution(distribution.probabilities, args)
 
-    rounds = {}  # number of alive operations -> the accuracies of that round
-    for row in run.log:
-        rounds.setdefault(row["alive"], []).append(row["accuracy"])
-    means = [sum(accuracies) / len(accuracies) for accuracies in rounds.values()]
     accuracy = evaluate(network, validation_half, distribution.best())
-    write_results(args, run, distribution, accuracy, "round", means)
+    write_results(args, settings, distribution, accuracy)
 
 def count_alive(distribution):
     """k, the largest number of operations that an edge can still choose from."""
     return (distribution.probabilities > 0).sum(1).max().item()
 
-# ==== shared: operations ==========================================================================
+# ==== operations ==================================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
@@ -220,7 +238,7 @@ def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
                          depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {  # the space of cells: the candidates of an edge, `none` first
+OPS = {  # the space of cells: the candidates of an edge
     "none": lambda c, stride, norm: Zero(stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
@@ -263,7 +281,7 @@ class MBConv(nn.Sequential):
         out = super().forward(x)
         return x + out if self.residual else out
 
-# ==== shared: supernets ===========================================================================
+# ==== supernets ===================================================================================
 # BatchNorms keep no running statistics: a mean shared by many paths would describe none of them.
 SupernetNorm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
 
@@ -322,9 +340,9 @@ class MobileSupernet(nn.Module):
     """A chain of MBConv blocks. sample (14 or 20,): the candidate of every block."""
     def __init__(self, backbone, num_classes):
         super().__init__()
-        norm = functools.partial(SupernetNorm, eps=1e-3)  # and 40 channels, as the authors have
+        norm = functools.partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
-        c_in = 40
+        c_in = 40  # as the authors have
         self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
         self.blocks = nn.ModuleList()  # (14 or 20, 9)
         for c, stride in blocks:
@@ -355,18 +373,19 @@ def derive_cells(best, scores):
     operation of the highest score, pruned or not, takes its place.
     """
     names, cells, edge = list(OPS), [], 0
+    others = [op for op, name in enumerate(names) if name != "none"]
     for _ in ("normal", "reduce"):
         pairs = []
-        for num_sources in range(2, 2 + NUM_NODES):
-            edges = []
-            for source in range(num_sources):
+        for node in range(NUM_NODES):
+            incoming = []
+            for source in range(2 + node):
                 op = best[edge]
                 if names[op] == "none":
-                    op = 1 + scores[edge, 1:].argmax().item()
-                edges.append((scores[edge, op].item(), source, names[op]))
+                    op = others[scores[edge, others].argmax()]
+                incoming.append((scores[edge, op].item(), source, names[op]))
                 edge += 1
-            strongest = sorted(edges)[-2:]
-            strongest.sort(key=lambda item: item[1])  # by source
+            strongest = sorted(incoming)[-2:]  # of equal scores, the later source
+            strongest.sort(key=lambda item: item[1])
             pairs += [(name, source) for _, source, name in strongest]
         cells.append(pairs)
     normal, reduce = cells
@@ -375,24 +394,17 @@ def derive_cells(best, scores):
 # ==================================================================================================
 # Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
 
-# ==== shared: images ==============================================================================
-class InputError(Exception):
-    """Invalid input, reported in one line. Any other exception keeps its traceback."""
+# ==== images ======================================================================================
+class UserError(Exception):
+    """What the user can fix, reported in one line. Any other exception keeps its traceback."""
 
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other data set
-SMALL = 64  # pixels: up to this size all the images are kept on the device, as one tensor
-
-# images (N, 3, S, S) uint8 and labels (N,) on the device; classes, facts: as in ImageFolder
-SmallImages = namedtuple("SmallImages", "images labels classes facts")
+SMALL = 64  # pixels: images up to this size stay in the memory of the device
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """The images <folder>/<class>/*, each read when it is needed.
-
-    A key is (index of an image, seed of its augmentation); without augmentation, the seed is None.
-    facts: what describes them; the same in all processes, and in a run and its --resume.
-    """
+    """The images <folder>/<class>/*, read when they are needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
@@ -400,47 +412,29 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         def is_image(path):  # no hidden file, and none in a hidden folder
             return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
         try:
-            super().__init__(folder, is_valid_file=is_image)
+            super().__init__(folder, plain_transform(size), None, open_rgb, is_image)
         except OSError as error:  # no such folder, or a class without images
-            raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
-        names = repr([path[below:] for path, _ in self.samples])
-        self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
-        self.facts["number of images"] = len(self.samples)
-        self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.labels = torch.tensor(self.targets)
-        self.plain = plain_transform(size)
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
-                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
+            raise UserError(f"--data-dir: {folder}: {error.strerror or error}") from None
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
                        if entry.is_dir() and not entry.name.startswith("."))
         if len(names) < 2:
-            raise InputError(f"--data-dir: {directory} must hold a folder for each of two or more "
-                             f"classes; it holds {', '.join(names) or 'none'}")
+            raise UserError(f"--data-dir: {directory} must hold a folder for each of two or more "
+                            f"classes; it holds {', '.join(names) or 'none'}")
         return names, {name: label for label, name in enumerate(names)}
-
-    def __getitem__(self, key):
-        index, seed = key
-        path, label = self.samples[index]
-        image = open_rgb(path)
-        if seed is None:
-            return self.plain(image), label
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
-            return self.augmented(image), label
 
 def open_rgb(path):
     try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
-            raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-        return upright_rgb(image)
+        return to_rgb(Image.open(path))
     except Exception as error:  # PIL raises many kinds
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
-def upright_rgb(image):
-    return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs lying
+def to_rgb(image):
+    """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
+    if image.mode[0] in "IF":  # of 16 bits or floats PIL would make black and white
+        raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
+    return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -448,7 +442,7 @@ def plain_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Synthetic images, two gratings under noise -> SmallImages of (count, 3, size, size).
+    """Synthetic images, two gratings under noise -> images (count, 3, size, size), labels, classes.
 
     The class is the pair of their angles, the same for a mirror image: training flips images.
     """
@@ -467,234 +461,208 @@ def make_gratings(count, size, seed):
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
     images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
     classes = [f"angles {a} and {b}" for a, b in pairs.tolist()]
-    return SmallImages((128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes, {})
+    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes
 
 def read_cifar(args, train):
+    """-> images (N, 3, 32, 32), labels, classes."""
     name = args.dataset.upper()
     try:
-        for rank in range(WORLD_SIZE):  # one after the other: the next finds what one downloaded
+        for rank in range(WORLD_SIZE):  # in turn: the others find what the first has downloaded
             if rank == RANK:
                 data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
-            sum_over_ranks(torch.zeros(1, device=args.device)).item()  # waits for all processes
+            if WORLD_SIZE > 1:
+                dist.barrier()
     except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
-        raise InputError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
-                         f"downloaded: {error}") from None
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    return SmallImages(images, torch.tensor(data.targets), data.classes, {})
-
-def read_whole_folder(folder, args):
-    """ImageFolder -> SmallImages. Each process reads a share of the files."""
-    share = range(RANK, len(folder), WORLD_SIZE)
-    images = torch.zeros(len(folder), 3, args.image_size, args.image_size, dtype=torch.uint8)
-    loader = torch.utils.data.DataLoader(folder, batch_size=None, num_workers=args.workers,
-                                         sampler=[(index, None) for index in share])
-    for index, (image, _) in zip(share, loader):
-        images[index] = image
-        if silent_for_a_minute():
-            print0(f"    read {index:,} of {len(folder):,} images")
-    images = sum_over_ranks(images.to(args.device))  # what other processes read is 0 here
-    return SmallImages(images, folder.labels, folder.classes, folder.facts)
+        raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                        f"downloaded: {error}") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, train):
-    """The training or the test images -> SmallImages, above SMALL pixels ImageFolder."""
+    """The training or test images, (3, S, S) uint8, with labels and the names of the classes.
+
+    A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
+    """
     if args.dataset == "synthetic":
         count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
-        dataset = make_gratings(count, args.image_size, seed)
+        images, labels, classes = make_gratings(count, args.image_size, seed)
     elif args.dataset in ("cifar10", "cifar100"):
-        dataset = read_cifar(args, train)
+        images, labels, classes = read_cifar(args, train)
     else:
-        dataset = ImageFolder(args.data_dir / ("train" if train else "val"), args.image_size)
-        compare_processes(dataset.facts)
-    print0(f"{len(dataset.labels):,} {'training' if train else 'test'} images of "
-           f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:5])} ...")
-    if isinstance(dataset, ImageFolder):
+        folder = args.data_dir / ("train" if train else "val")
+        dataset = ImageFolder(folder, args.image_size)
+        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
+               f"{', '.join(dataset.classes[:5])} ...")
+        names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
+        same_everywhere({"number of images": len(names), **dict(enumerate(names))})
         if args.image_size > SMALL:
             return dataset
-        dataset = read_whole_folder(dataset, args)
-    return dataset._replace(images=dataset.images.to(args.device),
-                            labels=dataset.labels.to(args.device))
+        # Cloned, since a tensor from a worker keeps a file open.
+        loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
+        images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
+        labels, classes = torch.tensor(dataset.targets), dataset.classes
+    dataset = TensorDataset(images.to(args.device), labels.to(args.device))
+    dataset.classes = classes
+    return dataset
 
-# ==== shared: batches =============================================================================
+# ==== batches =====================================================================================
 def shift_and_flip(images, g):
-    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
+
+    The generator g draws for the batch of all processes; this one uses the numbers of its share.
+    """
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
-    y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
-    mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
-    crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
-    # crops: (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
+    mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
+    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
+    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
     images = crops[torch.arange(count, device=y.device), :, y, x]
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
-    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a process gets its share.
+    """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
-    dataset: see open_images; index (N,): which of its images. Training batches are shuffled,
-    augmented and all full. What is random in them follows from the seed and the epoch alone, so
-    that --resume is exact.
+    dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
+    train: the images are shuffled and changed by augment(images, generator), and all batches are
+    full. What is random follows from the seed and from `epoch`, in every process alike.
     """
-    def __init__(self, dataset, index, batch_size, train, args):
-        self.dataset, self.index, self.batch_size, self.train = dataset, index, batch_size, train
-        self.num_images = len(index)
-        if train:
-            self.num_images -= len(index) % batch_size  # a last, smaller batch is left out
-        self.device, self.seed, self.epoch = args.device, args.seed, 0
+    def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
+        self.dataset, self.index, self.batch_size = dataset, index, batch_size
+        self.train, self.augment, self.epoch = train, augment, 0
+        self.seed, self.device, self.workers = args.seed, args.device, args.workers
+        self.num_images = len(index) - (len(index) % batch_size if train else 0)
         mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
         self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
-        if isinstance(dataset, ImageFolder):
-            self.keys = []  # the batches of an epoch, lists of keys: filled anew for the loader
-            self.loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=self.keys, num_workers=args.workers,
-                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda",
-                generator=torch.Generator())  # or it would draw from the global one
 
     def __len__(self):
         return math.ceil(self.num_images / self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
     def __iter__(self):
-        self.start = time.perf_counter()
         g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
         batches = index[:self.num_images].split(self.batch_size)
-        # In a test the last batch may have no image for this process.
-        batches = [batch for batch in batches if len(batch) > RANK]
-        read = self.read_files if isinstance(self.dataset, ImageFolder) else self.read_memory
-        pinned = self.device == "cuda"
-        self.step = 0
-        for images, labels in read(batches, g):
-            self.step += 1
-            yield (images.to(self.device, non_blocking=pinned, memory_format=torch.channels_last),
-                   labels.to(self.device, non_blocking=pinned))
-
-    def read_memory(self, batches, g):
-        for batch in batches:
-            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+        shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
+        shares = [share for share in shares if share]  # in a test, the last one may be empty
+        on_gpu = self.device == "cuda"
+        if isinstance(self.dataset, TensorDataset):  # takes a list of indices
+            loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
+        else:
+            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
+                                pin_memory=on_gpu)
+        for images, labels in with_progress(loader, "training" if self.train else "validation"):
+            images = images.to(self.device, non_blocking=on_gpu)
+            labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
-                images = shift_and_flip(images, g)  # the whole batch, alike in every process
-            yield images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]
+                images = self.augment(images, g)
+            images = images.contiguous(memory_format=torch.channels_last)
+            yield (images - self.mean) / self.std, labels
 
-    def read_files(self, batches, g):
-        self.keys.clear()
-        for batch in batches:
-            seeds = [None] * len(batch)
-            if self.train:
-                seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
-            keys = list(zip(batch.tolist(), seeds))
-            self.keys.append(keys[RANK::WORLD_SIZE])
-        yield from self.loader
-
-    def normalise(self, images):
-        return (images - self.mean) / self.std
-
-    def sign_of_life(self, total_loss=None):
-        """Print how far the epoch is, where nothing was printed for a minute."""
-        if silent_for_a_minute():
-            seconds = time.perf_counter() - self.start
-            left = timedelta(seconds=round(seconds * (len(self) / self.step - 1)))
-            loss = "" if total_loss is None else f"  loss {total_loss.item() / self.step:.3f}"
-            name = f"epoch {self.epoch + 1}, training" if self.train else "validation"
-            print0(f"    {name} step {self.step}/{len(self)}{loss}  "
-                   f"{self.step * self.batch_size / seconds:.0f} images/s  {left} left of it")
+def with_progress(loader, what):
+    """Yield what the loader yields, and print once a minute how far it is."""
+    last = time.perf_counter()
+    for step, batch in enumerate(loader, 1):
+        yield batch
+        if time.perf_counter() - last > 60:
+            print0(f"    {what}, step {step:,} of {len(loader):,}")
+            last = time.perf_counter()
 
 def check_batch_size(size, num_images):
     if size > num_images:
-        raise InputError(f"--batch-size {size} is larger than the {num_images} images for it (a "
-                         "search splits the training images into halves)")
+        raise UserError(f"--batch-size {size} is larger than the {num_images} images for it (a "
+                        "search splits the training images into halves)")
     if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
-        raise InputError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
-                         "processes, and give each of them at least 2 images")
+        raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
+                        "processes, and give each of them at least 2 images")
 
-# ==== shared: processes ===========================================================================
+# ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun, a process for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 def start_processes(args):
-    """Set up the device, and connect the processes."""
+    """Set up the device, connect the processes, and compare their settings."""
     if args.dataset == "synthetic" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # images this small leave a second thread waiting
+    is_there = {"cpu": True, "cuda": torch.cuda.device_count() > LOCAL_RANK,
+                "mps": torch.backends.mps.is_available()}
+    if not is_there[args.device]:
+        raise UserError(f"--device {args.device}: torch finds none for process {RANK}")
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    compare_processes(fixed_options(args))
+    same_everywhere(run_settings(args))
 
-def compare_processes(facts):
-    """Raise an InputError in every process unless all have the same facts, a dict."""
-    all_facts = [facts] * WORLD_SIZE
+def same_everywhere(facts):
+    """Raise a UserError in a process whose dict of facts is not that of process 0.
+
+    Machines may have been given other commands, other images or another folder.
+    """
+    first = [facts]
     if WORLD_SIZE > 1:
-        dist.all_gather_object(all_facts, facts)  # now each process holds those of all
-    for rank in range(WORLD_SIZE):
-        check_same(all_facts[rank], all_facts[0], f"in process {rank}", "in process 0")
+        dist.broadcast_object_list(first)
+    check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise an InputError that names the first entry in which two dicts differ."""
+    """Raise a UserError that names the first entry in which two dicts differ."""
     for name, value in ours.items():
         if theirs.get(name) != value:
-            option = name if " " in name else f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} is {value} {here}, but {theirs.get(name)} {there}")
+            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
 
-def from_process_0(function, args):
-    """What function(args) returns, or raises as an InputError, in process 0: in every process."""
-    result = [None]
-    if RANK == 0:
-        try:
-            result = [function(args)]
-        except InputError as error:
-            result = [error]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], InputError):
-        raise result[0]
-    return result[0]
-
-def sum_over_ranks(tensor):
-    """Replace the tensor by its sum over the processes."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-def average_over_ranks(tensors):
+def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
     if WORLD_SIZE > 1:
-        flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / WORLD_SIZE
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes. DistributedDataParallel would send those off the path as well."""
-    average_over_ranks([weight.grad for weight in weights if weight.grad is not None])
+    """Over the processes, of the weights on the path: it is the same in all of them."""
+    if WORLD_SIZE > 1:
+        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
-def finite_mean(total_loss, batches, weights):
-    """The mean loss of an epoch. InputError if it, or a weight that was trained, is not finite."""
-    average_over_ranks([total_loss])
-    loss = total_loss.item() / len(batches)
-    finite = torch.stack([w.isfinite().all() for w in weights if w.grad is not None]).all()
-    if not (math.isfinite(loss) and finite):
-        raise InputError(f"epoch {batches.epoch + 1}: the loss, {loss}, or a weight is not finite: "
-                         "start again with a smaller --lr (the last checkpoint is kept)")
+def finite_mean(totals, num_steps):
+    """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""
+    average_over_processes([totals])
+    loss, norm = (totals / num_steps).tolist()
+    if not math.isfinite(loss + norm):
+        raise UserError(f"the loss, {loss}, or a gradient is not finite: start again in another "
+                        "--out with a smaller --lr")
     return loss
 
 def autocast(device):
     """bfloat16 on a GPU that has it: older ones only emulate it, slowly."""
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16, enabled=native)
 
-# ==== shared: files ===============================================================================
-CHECKPOINT = "checkpoint.pt"
-MAY_DIFFER = {  # between the processes of a run, and between a run and its --resume
-    "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name"}
+# ==== files =======================================================================================
+MAY_DIFFER = ("data_dir", "device", "workers", "out", "resume")  # between a run and its --resume
 
-def fixed_options(args):
-    return {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+def run_settings(args):
+    """What a run, its --resume and all their processes have in common, a dict."""
+    options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return {"method": args.method, **options, "processes": WORLD_SIZE}
+
+def open_out(args):
+    """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from None
+    for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
+        if (args.out / name).exists() and not args.resume:
+            raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
+                            "go on with its run by --resume")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
@@ -703,102 +671,69 @@ def write_file(path, data):
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+def save_checkpoint(args, settings, parts, log):
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, which holds the log, too."""
+    if RANK > 0:
+        return
+    buffer = io.BytesIO()
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"settings": settings, "log": log, **state}, buffer)
+    lines = [json.dumps(row) + "\n" for row in log]
+    write_file(args.out / "log.jsonl", "".join(lines).encode())
+    write_file(args.out / "checkpoint.pt", buffer.getvalue())
 
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has many ways to fail
-        if "Unsupported global" in str(error):  # by weights_only
-            raise InputError(f"{path} holds more than tensors, which could run code: save the "
-                             "bare state dict, torch.save(network.state_dict(), FILE)") from None
-        raise InputError(f"{path} is damaged, or not a checkpoint") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and texts, which "
+                        "could run code (save network.state_dict() alone)") from None
 
-def open_out(args):
-    """Make the folder --out -> the checkpoint from which --resume goes on, None in a new run."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in args.out.iterdir()
-                 if path.suffix != ".tmp" and not path.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}") from None
-    if args.resume and CHECKPOINT in names:
-        return read_checkpoint(args.out / CHECKPOINT)
-    if names:
-        raise InputError(f"--out {args.out} is not empty: name another folder, or go on with the "
-                         f"run of its {CHECKPOINT} by --resume")
+def load_checkpoint(args, settings, parts):
+    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
+    path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
+    if args.resume and path.exists():
+        checkpoint = read_checkpoint(path)
+        check_same(settings, checkpoint.get("settings", {}), "in this command",
+                   f"in {path}: --resume needs the same")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        log = checkpoint["log"]
+    elif RANK == 0:
+        try:
+            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one ends here
+        except OSError as error:
+            raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
+    same_everywhere({"number of epochs in --out": len(log)})
+    return log
 
-class Run:
-    """A run in the folder --out: checkpoint.pt, for --resume, and log.jsonl, an object per epoch.
-
-    checkpoint: the state to go on from, or None. parts: name -> what has a state_dict().
-    """
-    def __init__(self, args, method, dataset, checkpoint, **parts):
-        self.folder, self.parts, self.log = args.out, parts, []
-        self.settings = {"the method": method, "number of processes": WORLD_SIZE,
-                         "list of operations": list(OPS), **fixed_options(args), **dataset.facts}
-        self.classes = dataset.classes
-        if checkpoint:
-            check_same(self.settings, checkpoint.get("settings", {}), "in this command",
-                       f"in {self.folder / CHECKPOINT}: --resume needs the same")
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            self.log = checkpoint["log"]
-        self.save()  # now: a folder that cannot be written ends the run at its start
-        print0(", ".join(f"{name} {value}" for name, value in fixed_options(args).items()))
-
-    def save(self, names=(CHECKPOINT,)):
-        """Write the state to a file of each name, then log.jsonl."""
-        if RANK == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            buffer = io.BytesIO()
-            torch.save({"settings": self.settings, "classes": self.classes, "log": self.log,
-                        **state}, buffer)
-            for name in names:
-                write_file(self.folder / name, buffer.getvalue())
-            lines = [json.dumps(row) + "\n" for row in self.log]
-            write_file(self.folder / "log.jsonl", "".join(lines).encode())
-
-last_line = time.perf_counter()  # when the last line was printed
-
+# ==== what the user sees ==========================================================================
 def print0(text):
     """Print in process 0."""
-    global last_line
-    last_line = time.perf_counter()
     if RANK == 0:
         print(text, flush=True)
 
-def silent_for_a_minute():
-    return RANK == 0 and time.perf_counter() - last_line > 60
+def print_settings(settings):
+    print0(", ".join(f"{name} {value}" for name, value in settings.items()
+                     if not isinstance(value, list)))
 
-# ==== shared: the user ============================================================================
-def split_training_images(args):
-    """Split the training images by the seed -> batches to train a path on, batches to validate."""
-    dataset = open_images(args, train=True)
-    g = torch.Generator().manual_seed(args.seed)
-    training, validation = torch.randperm(len(dataset.labels), generator=g).tensor_split(2)
-    check_batch_size(args.batch_size, len(validation))
-    # BatchNorm takes its statistics from the batch, so all validation batches have one size, at
-    # least --batch-size and below twice as much. The few images that are left over are not used.
-    num_batches = len(validation) // args.batch_size
-    size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
-    return (Batches(dataset, training, args.batch_size, True, args),
-            Batches(dataset, validation[:num_batches * size], size, False, args))
-
-def print_epoch(log, total_epochs, num_images):
+def print_epoch(log, total_epochs, measured, num_images):
+    """A line for the last epoch; num_images: how many it trained on and measured with."""
     row = log[-1]
     mean = sum(row["seconds"] for row in log) / len(log)
     left = timedelta(seconds=round(mean * (total_epochs - len(log))))
-    print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  accuracy "
-           f"{row['accuracy']:.2%}  {num_images / row['seconds']:.0f} images/s  {left} left")
+    print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  {measured}  "
+           f"{num_images / row['seconds']:.0f} images/s  {left} left")
 
 SHORT = {"max_pool_3x3": "max3", "avg_pool_3x3": "avg3", "skip_connect": "skip",
          "sep_conv_3x3": "sep3", "sep_conv_5x5": "sep5", "dil_conv_3x3": "dil3",
          "dil_conv_5x5": "dil5"}
 
 def print_distribution(probabilities, args):
-    """A row per edge of probabilities (E, K), the darker the nearer to the row's best; x: 0."""
+    """A row for each edge of probabilities (E, K): darker is closer to the row's best, x is 0."""
     columns = [SHORT.get(name, name[:5]) for name in OPS]
     rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
             for node in range(NUM_NODES) for source in range(2 + node)]
@@ -811,96 +746,117 @@ def print_distribution(probabilities, args):
         cells = ["x" if p == 0 else 3 * shades[min(3, int(4 * p / max(values)))] for p in values]
         print0(f"{row:14}" + "".join(f"{cell:>6}" for cell in cells))
 
-def to_markdown(found, unit, accuracies):
-    """Mermaid graphs of the accuracy of each round or epoch, and of the cells that were found."""
-    line = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
-    graphs = {"search": ["xychart-beta", f'x-axis "{unit}" 1 --> {len(accuracies)}',
-                         'y-axis "accuracy of the sampled paths, %"', f"line [{line}]"]}
-    if isinstance(found, Genotype):
-        for title, pairs in (("normal", found.normal), ("reduce", found.reduce)):
-            lines = ["graph LR", "0([input 0])", "1([input 1])"]
-            lines += [f"{source} -->|{operation}| {2 + i // 2}"
-                      for i, (operation, source) in enumerate(pairs)]
-            graphs[title] = lines + [f"{node} --> output([output])" for node in found.normal_concat]
-    return "\n".join(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n"
-                     for title, lines in graphs.items())
+def draw_cells(genotype):
+    """A Genotype -> Mermaid graphs of its two cells, in Markdown."""
+    graphs = []
+    for title, pairs in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+        lines = ["graph LR", "0([input 0])", "1([input 1])"]
+        lines += [f"{source} -->|{operation}| {2 + i // 2}"
+                  for i, (operation, source) in enumerate(pairs)]
+        lines += [f"{node} --> output([output])" for node in genotype.normal_concat]
+        graphs.append(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n")
+    return "\n".join(graphs)
 
-def write_results(args, run, distribution, accuracy, unit, accuracies):
+def write_results(args, settings, distribution, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
     best = distribution.best()
-    found = (derive_cells(best, distribution.scores) if args.space == "cell" else
-             [CANDIDATES[choice] for choice in best])
-    results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": run.settings}
-    path = args.out / "genotype.json"
+    if args.space == "cell":
+        found = derive_cells(best, distribution.scores)
+    else:
+        found = [CANDIDATES[choice] for choice in best]
     if RANK == 0:
-        write_file(args.out / "cell.md", to_markdown(found, unit, accuracies).encode())
-        write_file(path, (json.dumps(results, indent=1) + "\n").encode())
-    command = f"python retrain.py --genotype {shlex.quote(str(path))}"
-    if args.dataset != "synthetic":
-        command += f" --data-dir {shlex.quote(str(args.data_dir))}"
+        if args.space == "cell":
+            write_file(args.out / "cell.md", draw_cells(found).encode())
+        results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
+        write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
     print0(f"{found}\nvalidation accuracy of the best path in the supernet: {accuracy:.2%}\n"
-           f"train it from scratch with: {command}")
-# ==== end =========================================================================================
+           f"written to {args.out / 'genotype.json'}, for retrain.py")
 
-# ==== shared: options of a search =================================================================
-def parse_args(argv, options, method):
-    table = "\n".join(f"  {name:12}" + ", ".join(f"{k} {v}" for k, v in values.items())
-                      for name, values in DEFAULTS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"defaults by --dataset:\n{table}")
+# ==== arguments and main ==========================================================================
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is, and every default."""
+
+def at_least(least, kind=int):
+    """An argparse type: a number that is not below the least."""
+    def number(text):
+        if not least <= kind(text) < math.inf:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return kind(text)
+    return number
+
+def add_arguments(parser, defaults, method):
+    """Add the options that every script has."""
+    parser.set_defaults(method=method)
     add = parser.add_argument
-    for name, (default, text) in options.items():
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default,
-            help=f"{text} (default: {default})")
-    add("--dataset", choices=DEFAULTS, default="synthetic", help="default: synthetic")
-    add("--space", choices=("cell", "mobile"), help="search space")
-    add("--backbone", choices=BACKBONES, default="gpu",
-        help="only with --space mobile (default: gpu)")
-    # ==== shared: arguments =======================================================================
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="CIFAR's folder, it is downloaded if missing; or one with train/<class>/* and, for "
-             "retrain.py, val/<class>/* (default: data)")
-    add("--image-size", type=int, metavar="PIXELS",
-        help="side of an image; up to 64, images stay in memory, shifted and flipped at random; "
-             "above, they get ImageNet's random crops and colours")
-    add("--channels", type=int, help="C, the channels of the first cell")
-    add("--cells", type=int, help="number of cells")
-    add("--batch-size", type=int, help="images per step, of all processes together")
-    add("--lr", type=float, help="learning rate of the first epoch")
-    add("--seed", type=int, help="of everything random (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"),
-        default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, if there")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=int, default=min(8, cores),
-        help="processes that read image files, for each process that trains (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs") / method, help="folder for the results "
-        "(default: %(default)s)")
+        help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
+             "retrain.py, val/<class>/*")
+    add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
+        help="side of an image; images of up to 64 stay in memory")
+    add("--batch-size", type=at_least(1), default=defaults["batch_size"],
+        help="images per step, of all processes together")
+    add("--lr", type=at_least(0, float), default=defaults["lr"],
+        help="learning rate of the first epoch")
+    add("--seed", type=at_least(0), default=0, help="of all that is random")
+    add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
+        help="processes that read image files, for each process that trains")
+    add("--out", type=Path, default=Path("runs") / method, help="folder for the results")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    # ==== end =====================================================================================
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None}
-    args = argparse.Namespace(**{"seed": 0, **DEFAULTS[given["dataset"]], **given})
-    # ==== shared: checks ==========================================================================
-    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3, "image_size": 1, "batch_size": 1,
-             "epochs": 1, "passes": 1}
-    for name in least.keys() & given.keys():
-        if given[name] < least[name]:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, not "
-                         f"{given[name]}")
-    for name in {"lr", "alpha"} & given.keys():
-        if not 0 < given[name] < math.inf:  # NaN fails this, too
-            parser.error(f"--{name} must be a number above 0, not {given[name]}")
-    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
-    if args.device == "mps" and not torch.backends.mps.is_available():
-        parser.error("--device mps: torch finds no Apple GPU here")
+    add("-h", "--help", action="help", help="show this help")
+
+def check_image_size(args):
     if args.dataset.startswith("cifar") and args.image_size != 32:
-        parser.error("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
+        raise UserError("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
-        parser.error(f"--image-size {args.image_size} must be a multiple of 4, for two reductions")
-    # ==== end =====================================================================================
+        raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
+
+def parse_args(argv, options, method):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                     add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", choices=DEFAULTS, default="synthetic", help="decides on other defaults")
+    defaults = DEFAULTS[parser.parse_known_args(argv)[0].dataset]
+    add("--space", choices=("cell", "mobile"), default=defaults["space"], help="search space")
+    space = parser.parse_known_args(argv)[0].space
+    if space == "cell":
+        add("--channels", type=at_least(2), default=defaults["channels"],
+            help="C, the channels of the first cell")
+        add("--cells", type=at_least(3), default=defaults["cells"], help="number of cells")
+    else:
+        add("--backbone", choices=BACKBONES, default="gpu", help="widths of the blocks")
+    for name, (default, text) in options.items():
+        kind = type(default)
+        add(f"--{name.replace('_', '-')}", default=default, help=text,
+            type=at_least(0, kind) if kind in (int, float) else kind)
+    add_arguments(parser, defaults, method)
+    args = parser.parse_args(argv)
+    check_image_size(args)
     return args
+
+def exit_code(run):
+    """Call run() -> the exit code. What the user can fix becomes one line on stderr."""
+    threads = torch.get_num_threads()
+    if hasattr(sys.stdout, "reconfigure"):  # not in every notebook
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    try:
+        run()
+        return 0
+    except UserError as error:
+        # A DataLoader's worker sends its traceback, which ends with the message.
+        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: lower --batch-size: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, method=METHOD):
     """Search -> exit code.
@@ -908,35 +864,19 @@ def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, met
     options: name -> (default, help) of what the constructor of distribution_class takes, besides
     num_edges, num_ops and seed. method: the name of the results' folder.
     """
-    # ==== shared: main ============================================================================
-    threads = torch.get_num_threads()
-    try:
+    def run():
         args = parse_args(argv, options, method)
+        open_out(args)
         start_processes(args)
-        num_edges, num_ops = ((2 * NUM_EDGES, len(OPS)) if args.space == "cell" else
-                              (len(BACKBONES[args.backbone][0]), len(CANDIDATES)))
+        num_edges, num_ops = 2 * NUM_EDGES, len(OPS)
+        if args.space == "mobile":
+            num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
         chosen = {name: getattr(args, name) for name in options}
         distribution = distribution_class(num_edges, num_ops, seed=args.seed, **chosen)
-        search(args, distribution, method)
-    # ==== shared: how it ends =====================================================================
-    except InputError as error:
-        # A DataLoader's worker sends its traceback, which ends with the message.
-        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: lower --batch-size: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-    # ==== end =====================================================================================
+        if distribution.total_epochs < 1:
+            raise UserError(f"a search of {distribution.total_epochs} epochs finds nothing")
+        search(args, distribution)
+    return exit_code(run)
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -10,44 +10,49 @@
     torchrun --nproc_per_node=8 retrain.py --genotype DDPNAS_GPU --data-dir DIR    # ImageNet
 
 The network holds the found architecture alone: its BatchNorms have weights and keep running
-statistics, and cells are stacked deeper and wider than in the supernet. In one's own program:
+statistics, and cells are stacked deeper and wider than in the supernet. In a program of your own:
 
-    network, classes, preprocess = retrain.load_network("runs/retrain/best.pt")
+    network, classes, preprocess = retrain.load_network("runs/retrain/checkpoint.pt")
+
+What this script shares with ddp_nas.py and mdenas.py is the same to the character.
 """
-import argparse, ast, functools, hashlib, io, json, math, os, re, sys, time
-from collections import ChainMap, namedtuple
+import argparse, ast, functools, io, json, math, os, re, sys, textwrap, time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 METHOD = "retrain"
-SMALL_IMAGES = dict(image_size=32, channels=36, cells=20)
-DEFAULTS = {  # by data set: the size of the images, and of a network of cells
-    "synthetic": dict(image_size=16, channels=8, cells=5),
-    "cifar10": SMALL_IMAGES, "cifar100": SMALL_IMAGES, "imagefolder": SMALL_IMAGES,
-    "imagenet": dict(image_size=224, channels=48, cells=14),
-}
 # The recipes. lr_decay: "cosine" to 0, or a factor an epoch; norm_decay: the weight decay of
 # BatchNorms; clip: the largest norm of a gradient; smoothing: of the labels; auxiliary: the weight
-# of the auxiliary head's loss; cutout: the side of its square / the side of the image.
-CIFAR = dict(epochs=600, batch_size=96, lr=0.025, lr_decay="cosine", weight_decay=3e-4,
-             norm_decay=3e-4, clip=5.0, smoothing=0.0, auxiliary=0.4, drop_path=0.2, cutout=0.5)
-SYNTHETIC = {**CIFAR, "epochs": 15, "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0}
-IMAGENET_CELL = dict(epochs=250, batch_size=512, lr=0.1, lr_decay=0.97, weight_decay=3e-5,
-                     norm_decay=3e-5, clip=5.0, smoothing=0.1, auxiliary=0.4, drop_path=0.0,
-                     cutout=0.0)
-IMAGENET_MOBILE = dict(epochs=120, batch_size=1024, lr=0.4, lr_decay="cosine", weight_decay=4e-5,
-                       norm_decay=0.0, clip=math.inf, smoothing=0.1, auxiliary=0.0, drop_path=0.0,
-                       cutout=0.0)
+# of the auxiliary head's loss; cutout: the side of its square / the side of the image. image_size,
+# channels and cells are the size of the images, and of a network of cells.
+CIFAR = dict(image_size=32, channels=36, cells=20, epochs=600, batch_size=96, lr=0.025,
+             lr_decay="cosine", weight_decay=3e-4, norm_decay=3e-4, clip=5.0, smoothing=0.0,
+             auxiliary=0.4, drop_path=0.2, cutout=0.5)
 LARGE = dict(channels=44, epochs=1800)  # with AutoAugment: DDP-NAS's large setting
+IMAGENET = dict(image_size=224, channels=48, cells=14, epochs=250, batch_size=512, lr=0.1,
+                lr_decay=0.97, weight_decay=3e-5, norm_decay=3e-5, clip=5.0, smoothing=0.1,
+                auxiliary=0.4, drop_path=0.0, cutout=0.0)
+IMAGENET_MOBILE = dict(epochs=120, batch_size=1024, lr=None, lr_decay="cosine", weight_decay=4e-5,
+                       norm_decay=0.0, clip=math.inf, smoothing=0.1, auxiliary=0.0)
+LR_MOBILE = 0.4 / 1024  # learning rate of IMAGENET_MOBILE for each image of a batch
+DEFAULTS = {  # by data set
+    "synthetic": {**CIFAR, "image_size": 16, "channels": 8, "cells": 5, "epochs": 15,
+                  "batch_size": 32, "lr": 0.1, "drop_path": 0.0, "cutout": 0.0},
+    "cifar10": CIFAR, "cifar100": CIFAR, "imagefolder": CIFAR, "imagenet": IMAGENET,
+}
 MOMENTUM = 0.9
+MAY_DIFFER = (  # between a run and its --resume
+    "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name")
 
-# ==== shared: operations ==========================================================================
+# ==== operations ==================================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
 NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
@@ -85,7 +90,7 @@ def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
                          depthwise_separable(c, kernel, 1, 1, norm))
 
-OPS = {  # the space of cells: the candidates of an edge, `none` first
+OPS = {  # the space of cells: the candidates of an edge
     "none": lambda c, stride, norm: Zero(stride),
     "max_pool_3x3": lambda c, stride, norm: nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(c)),
     "avg_pool_3x3": lambda c, stride, norm: nn.Sequential(
@@ -129,43 +134,37 @@ class MBConv(nn.Sequential):
         return x + out if self.residual else out
 
 # ==== the architecture ============================================================================
-NODES = range(2, 2 + NUM_NODES)
+def make_genotype(normal, reduce):
+    """8 pairs for each cell -> Genotype, whose cells' outputs are made of all their nodes."""
+    nodes = range(2, 2 + NUM_NODES)
+    return Genotype(normal, nodes, reduce, nodes)
+
 PUBLISHED = {
-    "MDENAS": Genotype(
-        normal=[("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("skip_connect", 0), ("sep_conv_5x5", 1),
-                ("sep_conv_5x5", 3), ("sep_conv_3x3", 1), ("dil_conv_5x5", 3), ("max_pool_3x3", 4)],
-        normal_concat=NODES,
-        reduce=[("max_pool_3x3", 0), ("sep_conv_5x5", 1), ("skip_connect", 0), ("skip_connect", 1),
-                ("sep_conv_3x3", 3), ("skip_connect", 2), ("dil_conv_3x3", 3), ("sep_conv_5x5", 0)],
-        reduce_concat=NODES),
-    "DDPNAS_IMAGENET": Genotype(
-        normal=[("sep_conv_5x5", 1), ("max_pool_3x3", 0), ("dil_conv_3x3", 0), ("sep_conv_3x3", 1),
-                ("sep_conv_3x3", 0), ("max_pool_3x3", 3), ("dil_conv_3x3", 2), ("avg_pool_3x3", 0)],
-        normal_concat=NODES,
-        reduce=[("sep_conv_5x5", 1), ("avg_pool_3x3", 0), ("avg_pool_3x3", 1), ("skip_connect", 0),
-                ("skip_connect", 2), ("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 4)],
-        reduce_concat=NODES),
-    "DDPNAS_1": Genotype(
-        normal=[("sep_conv_5x5", 0), ("max_pool_3x3", 1), ("sep_conv_3x3", 2), ("max_pool_3x3", 0),
-                ("dil_conv_5x5", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 4)],
-        normal_concat=NODES,
-        reduce=[("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("sep_conv_5x5", 0),
-                ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("max_pool_3x3", 1), ("sep_conv_3x3", 0)],
-        reduce_concat=NODES),
-    "DDPNAS_2": Genotype(
-        normal=[("sep_conv_5x5", 0), ("skip_connect", 1), ("dil_conv_5x5", 2), ("max_pool_3x3", 0),
-                ("sep_conv_5x5", 1), ("skip_connect", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)],
-        normal_concat=NODES,
-        reduce=[("max_pool_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 2), ("avg_pool_3x3", 0),
-                ("avg_pool_3x3", 0), ("dil_conv_3x3", 1), ("sep_conv_3x3", 0), ("max_pool_3x3", 4)],
-        reduce_concat=NODES),
-    "DARTS_V2": Genotype(
-        normal=[("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
-                ("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2)],
-        normal_concat=NODES,
-        reduce=[("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1),
-                ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)],
-        reduce_concat=NODES),
+    "MDENAS": make_genotype(
+        [("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("skip_connect", 0), ("sep_conv_5x5", 1),
+         ("sep_conv_5x5", 3), ("sep_conv_3x3", 1), ("dil_conv_5x5", 3), ("max_pool_3x3", 4)],
+        [("max_pool_3x3", 0), ("sep_conv_5x5", 1), ("skip_connect", 0), ("skip_connect", 1),
+         ("sep_conv_3x3", 3), ("skip_connect", 2), ("dil_conv_3x3", 3), ("sep_conv_5x5", 0)],),
+    "DDPNAS_IMAGENET": make_genotype(
+        [("sep_conv_5x5", 1), ("max_pool_3x3", 0), ("dil_conv_3x3", 0), ("sep_conv_3x3", 1),
+         ("sep_conv_3x3", 0), ("max_pool_3x3", 3), ("dil_conv_3x3", 2), ("avg_pool_3x3", 0)],
+        [("sep_conv_5x5", 1), ("avg_pool_3x3", 0), ("avg_pool_3x3", 1), ("skip_connect", 0),
+         ("skip_connect", 2), ("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 4)],),
+    "DDPNAS_1": make_genotype(
+        [("sep_conv_5x5", 0), ("max_pool_3x3", 1), ("sep_conv_3x3", 2), ("max_pool_3x3", 0),
+         ("dil_conv_5x5", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 4)],
+        [("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("sep_conv_5x5", 0),
+         ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("max_pool_3x3", 1), ("sep_conv_3x3", 0)],),
+    "DDPNAS_2": make_genotype(
+        [("sep_conv_5x5", 0), ("skip_connect", 1), ("dil_conv_5x5", 2), ("max_pool_3x3", 0),
+         ("sep_conv_5x5", 1), ("skip_connect", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)],
+        [("max_pool_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 2), ("avg_pool_3x3", 0),
+         ("avg_pool_3x3", 0), ("dil_conv_3x3", 1), ("sep_conv_3x3", 0), ("max_pool_3x3", 4)],),
+    "DARTS_V2": make_genotype(
+        [("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+         ("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2)],
+        [("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1),
+         ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)],),
     "DDPNAS_GPU": [(7, 6), (7, 3), (5, 6), (7, 1), (3, 6), (7, 6), (5, 1), (5, 3), (5, 6), (7, 6),
                    (7, 6), (5, 3), (7, 6), (5, 6)],
     "MDENAS_GPU": [(7, 6), (5, 6), (7, 3), (3, 6), (5, 6), (3, 1), (7, 3), (7, 6), (3, 3), (3, 6),
@@ -180,108 +179,89 @@ def random_genotype(seed, backbone=None):
     if backbone:
         num_blocks = len(BACKBONES[backbone][0])
         return [tuple(block) for block in g.choice(CANDIDATES, num_blocks).tolist()]
-    names, cells = list(OPS)[1:], []  # without `none`
+    names, cells = [name for name in OPS if name != "none"], []
     for _ in ("normal", "reduce"):
         pairs = []
         for node in range(NUM_NODES):
             sources = sorted(g.choice(2 + node, 2, replace=False).tolist())
             pairs += [(str(g.choice(names)), source) for source in sources]
         cells.append(pairs)
-    return Genotype(cells[0], NODES, cells[1], NODES)
+    return make_genotype(*cells)
 
 def parse_genotype(text):
     """A text -> Genotype, or a chain of blocks [(kernel, expansion), ...]. Nothing is evaluated.
 
-    Genotype(...) is flat, as in DARTS, or nested, two pairs a node. Raises an InputError that says
-    what the search space does not hold.
+    Genotype(...) is flat, as in DARTS, or nested, two pairs a node; a name and = may precede it.
+    Raises a UserError that says what the search space does not hold.
     """
-    def literal(node):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "range":
-            return range(*map(ast.literal_eval, node.args))
-        return ast.literal_eval(node)
-
-    expression = re.sub(r"^\s*\w+\s*=", "", text).strip()  # without the name that it is given
     try:
-        tree = ast.parse(expression, mode="eval").body
+        tree = ast.parse(text.strip()).body[0].value
         if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "Genotype":
-            fields = {keyword.arg: literal(keyword.value) for keyword in tree.keywords}
-            return check_cells(**fields)
+            fields = Genotype(**{field.arg: ast.unparse(field.value) for field in tree.keywords})
+            concats = {fields.normal_concat, fields.reduce_concat}
+            if not concats <= {"range(2, 6)", "[2, 3, 4, 5]"}:
+                raise UserError("a cell's output is made of all its nodes: concat is range(2, 6)")
+            return make_genotype(check_cell(ast.literal_eval(fields.normal)),
+                                 check_cell(ast.literal_eval(fields.reduce)))
         return check_blocks(ast.literal_eval(tree))
-    except InputError as error:
-        raise InputError(f"the genotype {shorten(text)}: {error}") from None
-    except (SyntaxError, LookupError, ValueError, TypeError, RecursionError, MemoryError):
-        raise InputError(f"{shorten(text)} is not a genotype: neither Genotype(normal=[(operation, "
-                         "source), ...], normal_concat=range(2, 6), reduce=[...], reduce_concat="
-                         "range(2, 6)) nor a list of blocks [(kernel, expansion), ...]") from None
+    except UserError as error:
+        raise UserError(f"--genotype {textwrap.shorten(text, 80)}: {error}") from None
+    except Exception:  # there are many ways not to be a genotype
+        raise UserError(f"--genotype {textwrap.shorten(text, 80)} is neither Genotype(normal=[("
+                        "operation, source), ...], normal_concat=range(2, 6), reduce=[...], reduce"
+                        "_concat=range(2, 6)) nor a list [(kernel, expansion), ...]") from None
 
-def shorten(text):
-    line = " ".join(text.split())
-    return line if len(line) < 80 else line[:60] + " ... " + line[-15:]
-
-def check_cells(normal, normal_concat, reduce, reduce_concat):
-    """The fields of a Genotype -> Genotype, flat."""
-    cells = []
-    fields = ("normal", normal, normal_concat), ("reduce", reduce, reduce_concat)
-    for cell, nodes, concat in fields:
-        if len(concat) != NUM_NODES or list(concat) != list(NODES):  # a range may be huge
-            raise InputError(f"{cell}_concat must be all the nodes, 2 to 5, not {concat}")
-        nested = not isinstance(nodes[0][0], str)
-        pairs = [pair for node in nodes for pair in node] if nested else nodes
-        if len(pairs) != 2 * NUM_NODES:
-            raise InputError(f"{cell} must have 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
-        for i, (operation, source) in enumerate(pairs):
-            if operation not in OPS or operation == "none":
-                raise InputError(f"{cell} has {operation}, and the operations are "
-                                 f"{', '.join(list(OPS)[1:])}")
-            if type(source) is not int or source not in range(2 + i // 2):
-                raise InputError(f"{cell}: the sources of node {2 + i // 2} are 0 to {1 + i // 2}, "
-                                 f"not {source}")
-        cells.append([(operation, source) for operation, source in pairs])
-    return Genotype(cells[0], NODES, cells[1], NODES)
+def check_cell(nodes):
+    """8 pairs (operation, source), or 4 nodes of two -> 8 pairs."""
+    pairs = [pair for node in nodes for pair in node] if len(nodes) == NUM_NODES else nodes
+    if len(pairs) != 2 * NUM_NODES:
+        raise UserError(f"a cell has 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
+    names = [name for name in OPS if name != "none"]
+    for i, (operation, source) in enumerate(pairs):
+        if operation not in names or source not in range(2 + i // 2):
+            raise UserError(f"({operation}, {source}) is no edge of node {2 + i // 2}: operations "
+                            f"are {', '.join(names)}, sources 0 to {1 + i // 2}")
+    return [(operation, int(source)) for operation, source in pairs]
 
 def check_blocks(blocks):
-    """A list of pairs -> the same, as tuples."""
-    lengths = {len(backbone): name for name, (backbone, _) in BACKBONES.items()}
-    if len(blocks) not in lengths:
-        allowed = " or ".join(f"{length} ({name})" for length, name in lengths.items())
-        raise InputError(f"a chain has {allowed} blocks, not {len(blocks)}")
-    for block in blocks:
-        if tuple(block) not in CANDIDATES:
-            raise InputError(f"a block is (kernel, expansion), one of {CANDIDATES}, not {block}")
-    return [(int(kernel), int(expansion)) for kernel, expansion in blocks]
+    """A list of pairs (kernel, expansion) -> the same, as tuples."""
+    lengths = [len(backbone) for backbone, _ in BACKBONES.values()]
+    unknown = [block for block in blocks if tuple(block) not in CANDIDATES]
+    if unknown or len(blocks) not in lengths:
+        raise UserError(f"a chain has {' or '.join(map(str, lengths))} blocks, not {len(blocks)}, "
+                        f"each (kernel, expansion) of {CANDIDATES}; unknown: {unknown}")
+    return [tuple(block) for block in blocks]
 
-def load_genotype(text):
-    """What --genotype names -> Genotype or blocks, and the data set of the search, as a dict."""
-    drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", text)
+def load_genotype(name):
+    """What --genotype names -> Genotype or blocks, and the data set that it belongs to, a dict."""
+    drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", name)
     if drawn:
         return random_genotype(int(drawn[1]), drawn[2]), {}
-    if text in PUBLISHED:
-        genotype, searched = PUBLISHED[text], {}
-    elif re.search(r"Genotype\s*\(|^\s*(\w+\s*=\s*)?\[", text):
-        genotype, searched = parse_genotype(text), {}
-    else:
-        genotype, searched = read_genotype(text)
-    imagenet = text == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
+    text, searched = name, {}
+    if name in PUBLISHED:
+        text = str(PUBLISHED[name])
+    elif not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
+        text, searched = read_genotype(name)
+    genotype = parse_genotype(text)
+    imagenet = name == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
     return genotype, searched or {"dataset": "imagenet" if imagenet else "cifar10"}
 
 def read_genotype(path):
-    """A genotype.json, or a file of a genotype as text -> see load_genotype."""
+    """A genotype.json of a search, or any other file -> its genotype as text; the data set."""
     try:
         text = Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--genotype {path} cannot be read ({error}): run `python ddp_nas.py` "
-                         "first, or name the genotype.json of another search, a genotype in the "
-                         "notation of DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
-                         f"{', '.join(PUBLISHED)}") from None
-    if not text.lstrip().startswith("{"):
-        return parse_genotype(text), {}
-    try:
+        if not text.lstrip().startswith("{"):
+            return text, {}
         found = json.loads(text)
-        dataset, size = found["settings"]["dataset"], int(found["settings"]["image_size"])
-        DEFAULTS[dataset]
-        return parse_genotype(found["genotype"]), {"dataset": dataset, "image_size": size}
-    except (LookupError, ValueError, TypeError, RecursionError):
-        raise InputError(f"--genotype {path} is not the genotype.json of a search") from None
+        searched = {name: found["settings"][name] for name in ("dataset", "image_size")}
+        if searched["dataset"] not in DEFAULTS:
+            raise ValueError(f"unknown data set {searched['dataset']}")
+        return str(found["genotype"]), searched
+    except Exception as error:  # there is no such file, or one of anything
+        raise UserError(f"--genotype {path} cannot be read ({error!r}): run `python ddp_nas.py` "
+                        "first, or name another genotype.json, a genotype in the notation of "
+                        "DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
+                        f"{', '.join(PUBLISHED)}") from None
 
 # ==== the networks ================================================================================
 # Modules are registered in the order of the authors' networks: their weights fit by position.
@@ -386,27 +366,41 @@ def build_network(genotype, dataset="cifar10", num_classes=10, channels=None, ce
     if not isinstance(genotype, Genotype):
         return mobile_network(genotype, num_classes)
     imagenet = dataset == "imagenet"
-    size = DEFAULTS["imagenet"] if imagenet else SMALL_IMAGES
+    size = IMAGENET if imagenet else CIFAR
     return CellNetwork(genotype, channels or size["channels"], cells or size["cells"], num_classes,
                        imagenet, auxiliary)
 
 def load_network(path, device="cpu"):
-    """best.pt or checkpoint.pt of a run -> the network to use, its classes, its preprocessing.
+    """The checkpoint.pt of a run -> the network to use, its classes, its preprocessing.
 
     The network is in eval mode, on the device, without its auxiliary head. preprocess turns a PIL
-    image into the float tensor (3, S, S) that it takes, as in its test. Raises an InputError.
+    image into the float tensor (3, S, S) that it takes, as in its test. Raises a UserError.
     """
-    weights, settings, classes = read_weights(Path(path))
+    weights, settings = read_weights(Path(path))
     if not settings:
-        raise InputError(f"{path} is not a checkpoint of retrain.py")
+        raise UserError(f"{path} is not a checkpoint of retrain.py")
     weights = {name: value for name, value in weights.items() if not name.startswith("auxiliary.")}
-    network = build_network(parse_genotype(settings["genotype"]), settings["dataset"], len(classes),
-                            settings["channels"], settings["cells"])
+    network = build_network(parse_genotype(settings["genotype"]), settings["dataset"],
+                            len(settings["classes"]), settings["channels"], settings["cells"])
     network.load_state_dict(weights)
     preprocess = v2.Compose([
-        upright_rgb, plain_transform(settings["image_size"]), v2.ToDtype(torch.float32, scale=True),
+        to_rgb, plain_transform(settings["image_size"]), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(*MEAN_STD.get(settings["dataset"], MEAN_STD["imagenet"]))])
-    return network.to(device).eval(), classes, preprocess
+    return network.to(device).eval(), settings["classes"], preprocess
+
+def read_weights(path):
+    """A checkpoint of ours -> its state dict and settings; of others -> its state dict, {}."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    checkpoint = read_checkpoint(path)
+    if "distribution" in checkpoint:
+        raise UserError(f"{path} is the checkpoint of a search, not of a network to use")
+    if "settings" in checkpoint:
+        return checkpoint["network"], checkpoint["settings"]
+    for name in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(checkpoint.get(name), dict):
+            return checkpoint[name], {}
+    return checkpoint, {}
 
 def count_parameters(network):
     """Weights of the network that is used in the end, without the auxiliary head."""
@@ -417,18 +411,49 @@ def load_by_position(network, weights, path):
     """Load a state dict whose entries stand in the order of the network's own.
 
     The names of the authors' entries agree with ours in the last part only (weight, bias, ...).
-    Raises an InputError for the first entry that does not fit, and leaves the network as it was.
+    Raises an UserError for the first entry that does not fit, and leaves the network as it was.
     """
     ours = network.state_dict()
     for (name, tensor), (other, value) in zip(ours.items(), weights.items()):
         shape, other_shape = [*tensor.shape], [*getattr(value, "shape", "")]
         if str(other).split(".")[-1] != name.split(".")[-1] or other_shape != shape:
-            raise InputError(f"{path}: {other} {other_shape} does not fit {name} {shape}")
+            raise UserError(f"{path}: {other} {other_shape} does not fit {name} {shape}")
     if len(weights) != len(ours):
-        raise InputError(f"{path} has {len(weights)} entries, and the network {len(ours)}")
+        raise UserError(f"{path} has {len(weights)} entries, and the network {len(ours)}")
     network.load_state_dict(dict(zip(ours, weights.values())))
 
 # ==== training and test ===========================================================================
+def augmentation(args, dataset):
+    """What changes a batch of training images (B, 3, S, S) uint8, a function for Batches."""
+    auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    def augment(images, g):
+        if isinstance(dataset, RandomCrops):
+            return images
+        images = shift_and_flip(images, g)
+        if args.large:
+            images = torch.stack([auto_augment(image) for image in images])
+        return images
+    return augment
+
+class RandomCrops(Dataset):
+    """The images of an ImageFolder with ImageNet's random crops, flips and colours.
+
+    What is random follows from `seed`, which is set for every epoch, and the index of an image.
+    """
+    def __init__(self, folder, size):
+        self.folder, self.classes, self.seed = folder, folder.classes, 0
+        self.transform = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
+                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, index):
+        path, label = self.folder.samples[index]
+        with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
+            torch.default_generator.manual_seed((self.seed * len(self) + index) % 2**63)
+            return self.transform(open_rgb(path)), label
+
 def cutout(images, length):
     """Set a square of length pixels to 0 in each of images (B, 3, S, S); it may cross the edge."""
     along = torch.arange(images.shape[-1], device=images.device)                 # (S,)
@@ -438,19 +463,16 @@ def cutout(images, length):
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 def train_epoch(network, optimizer, batches, args):
-    """One pass over the batches -> mean loss, that of the auxiliary head included."""
+    """Train the network on every batch once -> mean loss, that of the auxiliary head included."""
     network.train()
-    auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     weights = list(network.parameters())
-    total_loss = torch.zeros((), device=batches.device)
+    device = weights[0].device
+    totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
     for images, labels in batches:
-        if args.large:
-            images = torch.stack([auto_augment(image) for image in images])
-        images = batches.normalise(images)
         if args.cutout:
             images = cutout(images, round(args.cutout * args.image_size))
-        with autocast(batches.device):
+        with autocast(device):
             outputs = network(images)
             if isinstance(outputs, tuple):
                 logits, auxiliary_logits = outputs
@@ -461,13 +483,12 @@ def train_epoch(network, optimizer, batches, args):
         optimizer.zero_grad()
         loss.backward()
         average_gradients(weights)
-        nn.utils.clip_grad_norm_(weights, args.clip)
+        norm = nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
-        total_loss += loss.detach()  # stays on the device: to read it would wait for the step
-        batches.sign_of_life(total_loss)
+        totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
     # Of BatchNorm's running statistics, each process has seen its share.
-    average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    return finite_mean(total_loss, batches, weights)
+    average_over_processes([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+    return finite_mean(totals, len(batches))
 
 @torch.no_grad()
 def evaluate(network, batches):
@@ -476,16 +497,19 @@ def evaluate(network, batches):
     In float32, on a GPU too.
     """
     network.eval()
-    num_wrong = torch.zeros(2, device=batches.device)
+    *_, bias = network.parameters()  # of the last layer, an entry for each class
+    totals = torch.zeros(3, device=bias.device)  # wrong, not among the best 5, all
     for images, labels in batches:
-        logits = network(batches.normalise(images))
+        logits = network(images)
         hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5), best first
-        num_wrong += torch.stack([(~hit[:, 0]).sum(), (~hit.any(1)).sum()])
-        batches.sign_of_life()
-    top1, top5 = (sum_over_ranks(num_wrong) / batches.num_images).tolist()
-    if len(batches.dataset.classes) > 5:
-        return {"top1_error": top1, "top5_error": top5}
-    return {"top1_error": top1}
+        totals[0] += (~hit[:, 0]).sum()
+        totals[1] += (~hit.any(1)).sum()
+        totals[2] += len(labels)
+    average_over_processes([totals])
+    wrong1, wrong5, num_images = totals.tolist()
+    if len(bias) <= 5:
+        return {"top1_error": wrong1 / num_images}
+    return {"top1_error": wrong1 / num_images, "top5_error": wrong5 / num_images}
 
 def describe(errors):
     """{"top1_error": 0.025} -> "top-1 error 2.50%"."""
@@ -497,20 +521,18 @@ def open_network(args, num_classes, auxiliary):
                             args.channels, args.cells, auxiliary)
     return network.to(args.device, memory_format=torch.channels_last)
 
-def check_classes(ours, theirs, where):
-    if list(ours) != list(theirs):
-        differ = ", ".join(sorted({*ours} ^ {*theirs}))
-        raise InputError(f"{where} differ in their classes: {differ}")
-
 def train(args):
-    checkpoint = from_process_0(open_out, args)  # machines need not share the folder
     dataset, test_dataset = open_images(args, train=True), open_images(args, train=False)
-    check_classes(dataset.classes, test_dataset.classes, f"--data-dir {args.data_dir}: train, val")
-    check_batch_size(args.batch_size, len(dataset.labels))
-    batches = Batches(dataset, torch.arange(len(dataset.labels)), args.batch_size, True, args)
-    test_batches = Batches(test_dataset, torch.arange(len(test_dataset.labels)), args.batch_size,
-                           False, args)
-    torch.manual_seed(args.seed)  # of the weights
+    check_same({"classes": dataset.classes}, {"classes": test_dataset.classes}, "in train",
+               "in val")
+    check_batch_size(args.batch_size, len(dataset))
+    if isinstance(dataset, ImageFolder):
+        dataset = RandomCrops(dataset, args.image_size)
+    batches = Batches(dataset, torch.arange(len(dataset)), args.batch_size, args, train=True,
+                      augment=augmentation(args, dataset))
+    test_batches = Batches(test_dataset, torch.arange(len(test_dataset)), args.batch_size, args,
+                           train=False)
+    torch.manual_seed(args.seed)  # of the initial weights, the same in every process
     network = open_network(args, len(dataset.classes), auxiliary=args.auxiliary > 0)
     norms = {weight for module in network.modules() if isinstance(module, nn.BatchNorm2d)
              for weight in module.parameters()}
@@ -522,8 +544,11 @@ def train(args):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.lr_decay)
-    run = Run(args, METHOD, dataset, checkpoint, network=network, optimizer=optimizer,
-              schedule=schedule)
+    settings = {**run_settings(args), "images": len(dataset), "classes": dataset.classes,
+                "operations": list(OPS)}
+    parts = dict(network=network, optimizer=optimizer, schedule=schedule)
+    log = load_checkpoint(args, settings, parts)
+    print_settings(settings)
     parameters = count_parameters(network)
     print0(f"{args.name}: {parameters:,} parameters, auxiliary head: {args.auxiliary > 0}")
     if args.drop_path:
@@ -531,42 +556,38 @@ def train(args):
     if args.compile:
         network.compile()
 
-    for epoch in range(len(run.log), args.epochs):
+    for epoch in range(len(log), args.epochs):
         start = time.perf_counter()
         # For cutout, drop-path and AutoAugment; other seeds than those of the shuffle.
         torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
-        batches.set_epoch(epoch)
+        batches.epoch = epoch
+        if isinstance(dataset, RandomCrops):
+            dataset.seed = 1_000_003 * args.seed + epoch
         if args.drop_path:
             network.drop_path.fill_(args.drop_path * epoch / args.epochs)
         loss = train_epoch(network, optimizer, batches, args)
         errors = evaluate(network, test_batches)
         schedule.step()
-        seconds = time.perf_counter() - start
-        run.log.append({"epoch": epoch + 1, "loss": loss, **errors, "seconds": seconds})
-        best = min(run.log, key=lambda row: row["top1_error"])
-        is_best = best is run.log[-1]  # on the test images: an optimistic choice
-        run.save(["best.pt", CHECKPOINT] if is_best else [CHECKPOINT])
-        mean = sum(row["seconds"] for row in run.log) / len(run.log)
-        rate = (batches.num_images + test_batches.num_images) / seconds
-        print0(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.3f}  {describe(errors)}  "
-               f"{rate:.0f} images/s  "
-               f"{timedelta(seconds=round(mean * (args.epochs - len(run.log))))} left")
+        log.append({"epoch": epoch + 1, "loss": loss, **errors,
+                    "seconds": time.perf_counter() - start})
+        save_checkpoint(args, settings, parts, log)
+        print_epoch(log, args.epochs, describe(errors),
+                    batches.num_images + test_batches.num_images)
 
-    best, last = min(run.log, key=lambda row: row["top1_error"]), run.log[-1]
-    print0(f"{describe(last)} (best.pt: {describe(best)}, epoch {best['epoch']}), "
-           f"{parameters:,} parameters")
+    print0(f"{args.out / 'checkpoint.pt'}: {describe(log[-1])}, {parameters:,} parameters")
 
 def test(args):
     """--evaluate: print the errors of the weights in a file on the test images."""
-    weights, settings, classes = read_weights(args.evaluate)
+    weights, settings = read_weights(args.evaluate)
     dataset = open_images(args, train=False)
     if settings:
-        check_classes(classes, dataset.classes, f"{args.evaluate} and {args.data_dir}")
+        check_same({"classes": settings["classes"]}, {"classes": dataset.classes},
+                   f"in {args.evaluate}", f"in {args.data_dir}")
     auxiliary = any("aux" in str(name) for name in weights)
     network = open_network(args, len(dataset.classes), auxiliary)
     load_by_position(network, weights, args.evaluate)
-    index = torch.arange(len(dataset.labels))
-    errors = evaluate(network, Batches(dataset, index, args.batch_size, False, args))
+    index = torch.arange(len(dataset))
+    errors = evaluate(network, Batches(dataset, index, args.batch_size, args, train=False))
     print0(f"{args.evaluate}: {describe(errors)} of {len(index)} images, "
            f"{count_parameters(network):,} parameters")
 
@@ -578,7 +599,7 @@ def summarise(args):
     network, times = open_network(args, num_classes, auxiliary=False).eval(), []
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), autocast(args.device):
+    with torch.no_grad(), autocast(images.device):
         with FlopCounterMode(display=False) as counter:
             network(images[:1])
         for _ in range(120):
@@ -595,24 +616,17 @@ def summarise(args):
 # ==================================================================================================
 # Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
 
-# ==== shared: images ==============================================================================
-class InputError(Exception):
-    """Invalid input, reported in one line. Any other exception keeps its traceback."""
+# ==== images ======================================================================================
+class UserError(Exception):
+    """What the user can fix, reported in one line. Any other exception keeps its traceback."""
 
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}  # and any other data set
-SMALL = 64  # pixels: up to this size all the images are kept on the device, as one tensor
-
-# images (N, 3, S, S) uint8 and labels (N,) on the device; classes, facts: as in ImageFolder
-SmallImages = namedtuple("SmallImages", "images labels classes facts")
+SMALL = 64  # pixels: images up to this size stay in the memory of the device
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """The images <folder>/<class>/*, each read when it is needed.
-
-    A key is (index of an image, seed of its augmentation); without augmentation, the seed is None.
-    facts: what describes them; the same in all processes, and in a run and its --resume.
-    """
+    """The images <folder>/<class>/*, read when they are needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
@@ -620,47 +634,29 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         def is_image(path):  # no hidden file, and none in a hidden folder
             return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
         try:
-            super().__init__(folder, is_valid_file=is_image)
+            super().__init__(folder, plain_transform(size), None, open_rgb, is_image)
         except OSError as error:  # no such folder, or a class without images
-            raise InputError(f"--data-dir: {folder}: {error.strerror or error}") from None
-        names = repr([path[below:] for path, _ in self.samples])
-        self.facts = {f"class {label}": name for label, name in enumerate(self.classes)}
-        self.facts["number of images"] = len(self.samples)
-        self.facts["digest of the file names"] = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.labels = torch.tensor(self.targets)
-        self.plain = plain_transform(size)
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(),
-                                     v2.ColorJitter(0.4, 0.4, 0.4, 0.2), v2.PILToTensor()])
+            raise UserError(f"--data-dir: {folder}: {error.strerror or error}") from None
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
                        if entry.is_dir() and not entry.name.startswith("."))
         if len(names) < 2:
-            raise InputError(f"--data-dir: {directory} must hold a folder for each of two or more "
-                             f"classes; it holds {', '.join(names) or 'none'}")
+            raise UserError(f"--data-dir: {directory} must hold a folder for each of two or more "
+                            f"classes; it holds {', '.join(names) or 'none'}")
         return names, {name: label for label, name in enumerate(names)}
-
-    def __getitem__(self, key):
-        index, seed = key
-        path, label = self.samples[index]
-        image = open_rgb(path)
-        if seed is None:
-            return self.plain(image), label
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
-            return self.augmented(image), label
 
 def open_rgb(path):
     try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":  # 16 bits or floats, of which PIL would make black and white
-            raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-        return upright_rgb(image)
+        return to_rgb(Image.open(path))
     except Exception as error:  # PIL raises many kinds
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
-def upright_rgb(image):
-    return ImageOps.exif_transpose(image).convert("RGB")  # phones store photographs lying
+def to_rgb(image):
+    """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
+    if image.mode[0] in "IF":  # of 16 bits or floats PIL would make black and white
+        raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
+    return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -668,7 +664,7 @@ def plain_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Synthetic images, two gratings under noise -> SmallImages of (count, 3, size, size).
+    """Synthetic images, two gratings under noise -> images (count, 3, size, size), labels, classes.
 
     The class is the pair of their angles, the same for a mirror image: training flips images.
     """
@@ -687,234 +683,206 @@ def make_gratings(count, size, seed):
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
     images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
     classes = [f"angles {a} and {b}" for a, b in pairs.tolist()]
-    return SmallImages((128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes, {})
+    return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes
 
 def read_cifar(args, train):
+    """-> images (N, 3, 32, 32), labels, classes."""
     name = args.dataset.upper()
     try:
-        for rank in range(WORLD_SIZE):  # one after the other: the next finds what one downloaded
+        for rank in range(WORLD_SIZE):  # in turn: the others find what the first has downloaded
             if rank == RANK:
                 data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
-            sum_over_ranks(torch.zeros(1, device=args.device)).item()  # waits for all processes
+            if WORLD_SIZE > 1:
+                dist.barrier()
     except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
-        raise InputError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
-                         f"downloaded: {error}") from None
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    return SmallImages(images, torch.tensor(data.targets), data.classes, {})
-
-def read_whole_folder(folder, args):
-    """ImageFolder -> SmallImages. Each process reads a share of the files."""
-    share = range(RANK, len(folder), WORLD_SIZE)
-    images = torch.zeros(len(folder), 3, args.image_size, args.image_size, dtype=torch.uint8)
-    loader = torch.utils.data.DataLoader(folder, batch_size=None, num_workers=args.workers,
-                                         sampler=[(index, None) for index in share])
-    for index, (image, _) in zip(share, loader):
-        images[index] = image
-        if silent_for_a_minute():
-            print0(f"    read {index:,} of {len(folder):,} images")
-    images = sum_over_ranks(images.to(args.device))  # what other processes read is 0 here
-    return SmallImages(images, folder.labels, folder.classes, folder.facts)
+        raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                        f"downloaded: {error}") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, train):
-    """The training or the test images -> SmallImages, above SMALL pixels ImageFolder."""
+    """The training or test images, (3, S, S) uint8, with labels and the names of the classes.
+
+    A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
+    """
     if args.dataset == "synthetic":
         count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
-        dataset = make_gratings(count, args.image_size, seed)
+        images, labels, classes = make_gratings(count, args.image_size, seed)
     elif args.dataset in ("cifar10", "cifar100"):
-        dataset = read_cifar(args, train)
+        images, labels, classes = read_cifar(args, train)
     else:
-        dataset = ImageFolder(args.data_dir / ("train" if train else "val"), args.image_size)
-        compare_processes(dataset.facts)
-    print0(f"{len(dataset.labels):,} {'training' if train else 'test'} images of "
-           f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:5])} ...")
-    if isinstance(dataset, ImageFolder):
+        folder = args.data_dir / ("train" if train else "val")
+        dataset = ImageFolder(folder, args.image_size)
+        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
+               f"{', '.join(dataset.classes[:5])} ...")
+        names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
+        same_everywhere({"number of images": len(names), **dict(enumerate(names))})
         if args.image_size > SMALL:
             return dataset
-        dataset = read_whole_folder(dataset, args)
-    return dataset._replace(images=dataset.images.to(args.device),
-                            labels=dataset.labels.to(args.device))
+        # Cloned, since a tensor from a worker keeps a file open.
+        loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
+        images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
+        labels, classes = torch.tensor(dataset.targets), dataset.classes
+    dataset = TensorDataset(images.to(args.device), labels.to(args.device))
+    dataset.classes = classes
+    return dataset
 
-# ==== shared: batches =============================================================================
+# ==== batches =====================================================================================
 def shift_and_flip(images, g):
-    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
+
+    The generator g draws for the batch of all processes; this one uses the numbers of its share.
+    """
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
-    y, x = torch.randint(2 * pad + 1, (2, count), generator=g).to(images.device)
-    mirrored = torch.randint(2, (count, 1, 1, 1), generator=g).bool().to(images.device)
-    crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, size, 1).unfold(3, size, 1)
-    # crops: (B, 3, 2 pad + 1, 2 pad + 1, S, S)
+    shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
+    mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
+    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
+    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
     images = crops[torch.arange(count, device=y.device), :, y, x]
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
-    """Batches of images (B, 3, S, S) uint8 and labels (B,) on the device; a process gets its share.
+    """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
-    dataset: see open_images; index (N,): which of its images. Training batches are shuffled,
-    augmented and all full. What is random in them follows from the seed and the epoch alone, so
-    that --resume is exact.
+    dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
+    train: the images are shuffled and changed by augment(images, generator), and all batches are
+    full. What is random follows from the seed and from `epoch`, in every process alike.
     """
-    def __init__(self, dataset, index, batch_size, train, args):
-        self.dataset, self.index, self.batch_size, self.train = dataset, index, batch_size, train
-        self.num_images = len(index)
-        if train:
-            self.num_images -= len(index) % batch_size  # a last, smaller batch is left out
-        self.device, self.seed, self.epoch = args.device, args.seed, 0
+    def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
+        self.dataset, self.index, self.batch_size = dataset, index, batch_size
+        self.train, self.augment, self.epoch = train, augment, 0
+        self.seed, self.device, self.workers = args.seed, args.device, args.workers
+        self.num_images = len(index) - (len(index) % batch_size if train else 0)
         mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
         self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
-        if isinstance(dataset, ImageFolder):
-            self.keys = []  # the batches of an epoch, lists of keys: filled anew for the loader
-            self.loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=self.keys, num_workers=args.workers,
-                persistent_workers=args.workers > 0, pin_memory=args.device == "cuda",
-                generator=torch.Generator())  # or it would draw from the global one
 
     def __len__(self):
         return math.ceil(self.num_images / self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
     def __iter__(self):
-        self.start = time.perf_counter()
         g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
         batches = index[:self.num_images].split(self.batch_size)
-        # In a test the last batch may have no image for this process.
-        batches = [batch for batch in batches if len(batch) > RANK]
-        read = self.read_files if isinstance(self.dataset, ImageFolder) else self.read_memory
-        pinned = self.device == "cuda"
-        self.step = 0
-        for images, labels in read(batches, g):
-            self.step += 1
-            yield (images.to(self.device, non_blocking=pinned, memory_format=torch.channels_last),
-                   labels.to(self.device, non_blocking=pinned))
-
-    def read_memory(self, batches, g):
-        for batch in batches:
-            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+        shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
+        shares = [share for share in shares if share]  # in a test, the last one may be empty
+        on_gpu = self.device == "cuda"
+        if isinstance(self.dataset, TensorDataset):  # takes a list of indices
+            loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
+        else:
+            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
+                                pin_memory=on_gpu)
+        for images, labels in with_progress(loader, "training" if self.train else "validation"):
+            images = images.to(self.device, non_blocking=on_gpu)
+            labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
-                images = shift_and_flip(images, g)  # the whole batch, alike in every process
-            yield images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]
+                images = self.augment(images, g)
+            images = images.contiguous(memory_format=torch.channels_last)
+            yield (images - self.mean) / self.std, labels
 
-    def read_files(self, batches, g):
-        self.keys.clear()
-        for batch in batches:
-            seeds = [None] * len(batch)
-            if self.train:
-                seeds = torch.randint(2**31, batch.shape, generator=g).tolist()
-            keys = list(zip(batch.tolist(), seeds))
-            self.keys.append(keys[RANK::WORLD_SIZE])
-        yield from self.loader
-
-    def normalise(self, images):
-        return (images - self.mean) / self.std
-
-    def sign_of_life(self, total_loss=None):
-        """Print how far the epoch is, where nothing was printed for a minute."""
-        if silent_for_a_minute():
-            seconds = time.perf_counter() - self.start
-            left = timedelta(seconds=round(seconds * (len(self) / self.step - 1)))
-            loss = "" if total_loss is None else f"  loss {total_loss.item() / self.step:.3f}"
-            name = f"epoch {self.epoch + 1}, training" if self.train else "validation"
-            print0(f"    {name} step {self.step}/{len(self)}{loss}  "
-                   f"{self.step * self.batch_size / seconds:.0f} images/s  {left} left of it")
+def with_progress(loader, what):
+    """Yield what the loader yields, and print once a minute how far it is."""
+    last = time.perf_counter()
+    for step, batch in enumerate(loader, 1):
+        yield batch
+        if time.perf_counter() - last > 60:
+            print0(f"    {what}, step {step:,} of {len(loader):,}")
+            last = time.perf_counter()
 
 def check_batch_size(size, num_images):
     if size > num_images:
-        raise InputError(f"--batch-size {size} is larger than the {num_images} images for it (a "
-                         "search splits the training images into halves)")
+        raise UserError(f"--batch-size {size} is larger than the {num_images} images for it (a "
+                        "search splits the training images into halves)")
     if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
-        raise InputError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
-                         "processes, and give each of them at least 2 images")
+        raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
+                        "processes, and give each of them at least 2 images")
 
-# ==== shared: processes ===========================================================================
+# ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():  # by torchrun, a process for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 def start_processes(args):
-    """Set up the device, and connect the processes."""
+    """Set up the device, connect the processes, and compare their settings."""
     if args.dataset == "synthetic" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # images this small leave a second thread waiting
+    is_there = {"cpu": True, "cuda": torch.cuda.device_count() > LOCAL_RANK,
+                "mps": torch.backends.mps.is_available()}
+    if not is_there[args.device]:
+        raise UserError(f"--device {args.device}: torch finds none for process {RANK}")
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    compare_processes(fixed_options(args))
+    same_everywhere(run_settings(args))
 
-def compare_processes(facts):
-    """Raise an InputError in every process unless all have the same facts, a dict."""
-    all_facts = [facts] * WORLD_SIZE
+def same_everywhere(facts):
+    """Raise a UserError in a process whose dict of facts is not that of process 0.
+
+    Machines may have been given other commands, other images or another folder.
+    """
+    first = [facts]
     if WORLD_SIZE > 1:
-        dist.all_gather_object(all_facts, facts)  # now each process holds those of all
-    for rank in range(WORLD_SIZE):
-        check_same(all_facts[rank], all_facts[0], f"in process {rank}", "in process 0")
+        dist.broadcast_object_list(first)
+    check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise an InputError that names the first entry in which two dicts differ."""
+    """Raise a UserError that names the first entry in which two dicts differ."""
     for name, value in ours.items():
         if theirs.get(name) != value:
-            option = name if " " in name else f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} is {value} {here}, but {theirs.get(name)} {there}")
+            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
 
-def from_process_0(function, args):
-    """What function(args) returns, or raises as an InputError, in process 0: in every process."""
-    result = [None]
-    if RANK == 0:
-        try:
-            result = [function(args)]
-        except InputError as error:
-            result = [error]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], InputError):
-        raise result[0]
-    return result[0]
-
-def sum_over_ranks(tensor):
-    """Replace the tensor by its sum over the processes."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-def average_over_ranks(tensors):
+def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
     if WORLD_SIZE > 1:
-        flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / WORLD_SIZE
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes. DistributedDataParallel would send those off the path as well."""
-    average_over_ranks([weight.grad for weight in weights if weight.grad is not None])
+    """Over the processes, of the weights on the path: it is the same in all of them."""
+    if WORLD_SIZE > 1:
+        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
-def finite_mean(total_loss, batches, weights):
-    """The mean loss of an epoch. InputError if it, or a weight that was trained, is not finite."""
-    average_over_ranks([total_loss])
-    loss = total_loss.item() / len(batches)
-    finite = torch.stack([w.isfinite().all() for w in weights if w.grad is not None]).all()
-    if not (math.isfinite(loss) and finite):
-        raise InputError(f"epoch {batches.epoch + 1}: the loss, {loss}, or a weight is not finite: "
-                         "start again with a smaller --lr (the last checkpoint is kept)")
+def finite_mean(totals, num_steps):
+    """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""
+    average_over_processes([totals])
+    loss, norm = (totals / num_steps).tolist()
+    if not math.isfinite(loss + norm):
+        raise UserError(f"the loss, {loss}, or a gradient is not finite: start again in another "
+                        "--out with a smaller --lr")
     return loss
 
 def autocast(device):
     """bfloat16 on a GPU that has it: older ones only emulate it, slowly."""
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16, enabled=native)
 
-# ==== shared: files ===============================================================================
-CHECKPOINT = "checkpoint.pt"
-MAY_DIFFER = {  # between the processes of a run, and between a run and its --resume
-    "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name"}
+# ==== files =======================================================================================
+def run_settings(args):
+    """What a run, its --resume and all their processes have in common, a dict."""
+    options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return {"method": args.method, **options, "processes": WORLD_SIZE}
 
-def fixed_options(args):
-    return {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+def open_out(args):
+    """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from None
+    for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
+        if (args.out / name).exists() and not args.resume:
+            raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
+                            "go on with its run by --resume")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
@@ -923,193 +891,198 @@ def write_file(path, data):
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+def save_checkpoint(args, settings, parts, log):
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, which holds the log, too."""
+    if RANK > 0:
+        return
+    buffer = io.BytesIO()
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"settings": settings, "log": log, **state}, buffer)
+    lines = [json.dumps(row) + "\n" for row in log]
+    write_file(args.out / "log.jsonl", "".join(lines).encode())
+    write_file(args.out / "checkpoint.pt", buffer.getvalue())
 
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has many ways to fail
-        if "Unsupported global" in str(error):  # by weights_only
-            raise InputError(f"{path} holds more than tensors, which could run code: save the "
-                             "bare state dict, torch.save(network.state_dict(), FILE)") from None
-        raise InputError(f"{path} is damaged, or not a checkpoint") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and texts, which "
+                        "could run code (save network.state_dict() alone)") from None
 
-def open_out(args):
-    """Make the folder --out -> the checkpoint from which --resume goes on, None in a new run."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in args.out.iterdir()
-                 if path.suffix != ".tmp" and not path.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}") from None
-    if args.resume and CHECKPOINT in names:
-        return read_checkpoint(args.out / CHECKPOINT)
-    if names:
-        raise InputError(f"--out {args.out} is not empty: name another folder, or go on with the "
-                         f"run of its {CHECKPOINT} by --resume")
+def load_checkpoint(args, settings, parts):
+    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
+    path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
+    if args.resume and path.exists():
+        checkpoint = read_checkpoint(path)
+        check_same(settings, checkpoint.get("settings", {}), "in this command",
+                   f"in {path}: --resume needs the same")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        log = checkpoint["log"]
+    elif RANK == 0:
+        try:
+            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one ends here
+        except OSError as error:
+            raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
+    same_everywhere({"number of epochs in --out": len(log)})
+    return log
 
-class Run:
-    """A run in the folder --out: checkpoint.pt, for --resume, and log.jsonl, an object per epoch.
-
-    checkpoint: the state to go on from, or None. parts: name -> what has a state_dict().
-    """
-    def __init__(self, args, method, dataset, checkpoint, **parts):
-        self.folder, self.parts, self.log = args.out, parts, []
-        self.settings = {"the method": method, "number of processes": WORLD_SIZE,
-                         "list of operations": list(OPS), **fixed_options(args), **dataset.facts}
-        self.classes = dataset.classes
-        if checkpoint:
-            check_same(self.settings, checkpoint.get("settings", {}), "in this command",
-                       f"in {self.folder / CHECKPOINT}: --resume needs the same")
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            self.log = checkpoint["log"]
-        self.save()  # now: a folder that cannot be written ends the run at its start
-        print0(", ".join(f"{name} {value}" for name, value in fixed_options(args).items()))
-
-    def save(self, names=(CHECKPOINT,)):
-        """Write the state to a file of each name, then log.jsonl."""
-        if RANK == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            buffer = io.BytesIO()
-            torch.save({"settings": self.settings, "classes": self.classes, "log": self.log,
-                        **state}, buffer)
-            for name in names:
-                write_file(self.folder / name, buffer.getvalue())
-            lines = [json.dumps(row) + "\n" for row in self.log]
-            write_file(self.folder / "log.jsonl", "".join(lines).encode())
-
-last_line = time.perf_counter()  # when the last line was printed
-
+# ==== what the user sees ==========================================================================
 def print0(text):
     """Print in process 0."""
-    global last_line
-    last_line = time.perf_counter()
     if RANK == 0:
         print(text, flush=True)
 
-def silent_for_a_minute():
-    return RANK == 0 and time.perf_counter() - last_line > 60
+def print_settings(settings):
+    print0(", ".join(f"{name} {value}" for name, value in settings.items()
+                     if not isinstance(value, list)))
 
-# ==== end =========================================================================================
+def print_epoch(log, total_epochs, measured, num_images):
+    """A line for the last epoch; num_images: how many it trained on and measured with."""
+    row = log[-1]
+    mean = sum(row["seconds"] for row in log) / len(log)
+    left = timedelta(seconds=round(mean * (total_epochs - len(log))))
+    print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  {measured}  "
+           f"{num_images / row['seconds']:.0f} images/s  {left} left")
 
-def read_weights(path):
-    """A checkpoint of ours -> its state dict, settings and classes; of others -> ..., {}, []."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    checkpoint = read_checkpoint(path)
-    if "distribution" in checkpoint:
-        raise InputError(f"{path} is the checkpoint of a search, not of a network to use")
-    if "network" in checkpoint and "settings" in checkpoint:
-        return checkpoint["network"], checkpoint["settings"], checkpoint["classes"]
-    for name in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(checkpoint.get(name), dict):
-            return checkpoint[name], {}, []
-    return checkpoint, {}, []
+# ==== arguments and main ==========================================================================
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is, and every default."""
 
-def parse_args(argv, method=METHOD):
+def at_least(least, kind=int):
+    """An argparse type: a number that is not below the least."""
+    def number(text):
+        if not least <= kind(text) < math.inf:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return kind(text)
+    return number
+
+def add_arguments(parser, defaults, method):
+    """Add the options that every script has."""
+    parser.set_defaults(method=method)
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
+             "retrain.py, val/<class>/*")
+    add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
+        help="side of an image; images of up to 64 stay in memory")
+    add("--batch-size", type=at_least(1), default=defaults["batch_size"],
+        help="images per step, of all processes together")
+    add("--lr", type=at_least(0, float), default=defaults["lr"],
+        help="learning rate of the first epoch")
+    add("--seed", type=at_least(0), default=0, help="of all that is random")
+    add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
+        help="processes that read image files, for each process that trains")
+    add("--out", type=Path, default=Path("runs") / method, help="folder for the results")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add("-h", "--help", action="help", help="show this help")
+
+def check_image_size(args):
+    if args.dataset.startswith("cifar") and args.image_size != 32:
+        raise UserError("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
+    if args.space == "cell" and args.image_size % 4:
+        raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="For a chain of blocks on ImageNet, the default --lr is 0.4 for 1,024 images, and "
+        description=__doc__, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
+        epilog="The default --lr of a chain of blocks on ImageNet is 0.4 for 1,024 images; "
                "--batch-size scales it.")
     add = parser.add_argument
-    add("--genotype", help="a file of a search, a published name, random:SEED[:gpu or :cpu], or a "
-        "genotype as text (default: runs/ddp_nas/genotype.json)")
-    add("--dataset", choices=DEFAULTS, help="default: that of the genotype, or synthetic")
-    # ==== shared: arguments =======================================================================
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="CIFAR's folder, it is downloaded if missing; or one with train/<class>/* and, for "
-             "retrain.py, val/<class>/* (default: data)")
-    add("--image-size", type=int, metavar="PIXELS",
-        help="side of an image; up to 64, images stay in memory, shifted and flipped at random; "
-             "above, they get ImageNet's random crops and colours")
-    add("--channels", type=int, help="C, the channels of the first cell")
-    add("--cells", type=int, help="number of cells")
-    add("--batch-size", type=int, help="images per step, of all processes together")
-    add("--lr", type=float, help="learning rate of the first epoch")
-    add("--seed", type=int, help="of everything random (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"),
-        default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, if there")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=int, default=min(8, cores),
-        help="processes that read image files, for each process that trains (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs") / method, help="folder for the results "
-        "(default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    # ==== end =====================================================================================
-    add("--epochs", type=int, help="number of training epochs")
+    add("--genotype", default=argparse.SUPPRESS,
+        help="a file of a search, a published name, random:SEED[:gpu or :cpu], or a genotype as "
+             "text (default: runs/ddp_nas/genotype.json)")
+    add("--dataset", choices=DEFAULTS, default=argparse.SUPPRESS,
+        help="default: that of the genotype, or synthetic")
     add("--large", action="store_true", help="44 channels, 1,800 epochs and AutoAugment")
-    add("--compile", action="store_true", help="use torch.compile")
     add("--summary", action="store_true", help="print parameters, multiply-adds and latency")
     add("--evaluate", type=Path, metavar="FILE",
         help="measure the test error of a checkpoint of ours, or of weights of others")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None}
 
-    saved = {}  # what the checkpoint under --evaluate was trained with
-    if "evaluate" in given:
-        _, settings, _ = read_weights(given["evaluate"])
-        names = ("genotype", "dataset", "image_size", "channels", "cells", "seed")
-        saved = {name: settings[name] for name in names if name in settings}
-        if "genotype" not in {**saved, **given}:
-            parser.error(f"--evaluate {given['evaluate']}: what does it hold? Add --genotype")
-    if "genotype" in saved and "genotype" not in given:
-        name, genotype, searched = given["evaluate"], parse_genotype(saved["genotype"]), {}
+    given, rest = parser.parse_known_args(argv)  # the other defaults depend on these
+    name, saved = getattr(given, "genotype", None), {}
+    if given.evaluate:
+        _, saved = read_weights(given.evaluate)
+        if not (name or saved):
+            raise UserError(f"--evaluate {given.evaluate}: of which network? Add --genotype")
+    if saved and not name:
+        name, genotype, searched = given.evaluate, parse_genotype(saved["genotype"]), {}
     else:
-        name = given.get("genotype", "runs/ddp_nas/genotype.json")
+        needs_no_file = {"-h", "--help"} & set(rest)
+        name = name or ("random:0" if needs_no_file else "runs/ddp_nas/genotype.json")
         genotype, searched = load_genotype(name)
+    if saved:
+        keys = ("dataset", "image_size", "channels", "cells", "seed")
+        searched = {key: saved[key] for key in keys}
     space = "cell" if isinstance(genotype, Genotype) else "mobile"
-    dataset = ChainMap(given, saved, searched, {"dataset": "synthetic"})["dataset"]
-    if searched.get("dataset") != dataset:
-        searched = {}
+    dataset = getattr(given, "dataset", searched.get("dataset", "synthetic"))
 
-    recipe = {"synthetic": SYNTHETIC, "imagenet": IMAGENET_CELL}.get(dataset, CIFAR)
+    defaults = dict(DEFAULTS[dataset])
     if dataset == "imagenet" and space == "mobile":
-        batch_size = given.get("batch_size", IMAGENET_MOBILE["batch_size"])
-        recipe = {**IMAGENET_MOBILE, "lr": IMAGENET_MOBILE["lr"] * batch_size / 1024}
-    layers = [  # the first that has a value wins
-        {"genotype": str(genotype), "name": name, "space": space, "dataset": dataset},
-        given, saved, searched, {"batch_size": 1} if given["summary"] else {},
-        LARGE if given["large"] else {}, recipe, DEFAULTS[dataset], {"seed": 0, "evaluate": None}]
-    args = argparse.Namespace(**ChainMap(*layers))
-    if space == "mobile" and (given["large"] or "channels" in given or "cells" in given):
-        parser.error("--channels, --cells and --large are for cells; this is a chain of blocks")
-    if dataset == "imagenet" and args.large:
-        parser.error("--large is for small images, not for --dataset imagenet")
+        defaults.update(IMAGENET_MOBILE)
+    if given.large:
+        defaults.update(LARGE)
+    if given.summary:
+        defaults.update(batch_size=1)
+    if searched.get("dataset") == dataset:  # made for its images
+        defaults.update(searched)
+    if space == "cell":
+        add("--channels", type=at_least(2), help="C, the channels of the first cell")
+        add("--cells", type=at_least(3), help="number of cells")
+    else:
+        defaults.update(channels=None, cells=None, drop_path=0.0)
+    add("--epochs", type=at_least(1), help="number of training epochs")
+    add("--compile", action="store_true", help="use torch.compile")
+    add_arguments(parser, defaults, METHOD)
+    parser.set_defaults(**defaults)  # the rest of the recipe, too, which has no options
+    args = parser.parse_args(argv)
+
+    args.genotype, args.name, args.dataset, args.space = str(genotype), str(name), dataset, space
+    if args.lr is None:
+        args.lr = LR_MOBILE * args.batch_size
+    if args.large and (space == "mobile" or args.image_size > SMALL):
+        raise UserError(f"--large is for cells on images of up to {SMALL} pixels")
     if space == "cell" and dataset == "imagenet" and args.image_size % 32:
-        parser.error(f"--image-size {args.image_size} must be a multiple of 32, halved 5 times")
-    if space == "mobile":
-        args.channels = args.cells = None
-        args.drop_path = 0.0
+        raise UserError(f"--image-size {args.image_size} must be a multiple of 32, halved 5 times")
     if space == "mobile" or args.image_size < (224 if dataset == "imagenet" else 32):
-        args.auxiliary = 0.0  # there is no map of 7 or 8 pixels that its head could pool
-    # ==== shared: checks ==========================================================================
-    least = {"seed": 0, "workers": 0, "channels": 2, "cells": 3, "image_size": 1, "batch_size": 1,
-             "epochs": 1, "passes": 1}
-    for name in least.keys() & given.keys():
-        if given[name] < least[name]:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, not "
-                         f"{given[name]}")
-    for name in {"lr", "alpha"} & given.keys():
-        if not 0 < given[name] < math.inf:  # NaN fails this, too
-            parser.error(f"--{name} must be a number above 0, not {given[name]}")
-    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        parser.error(f"--device cuda: torch finds {torch.cuda.device_count()} CUDA devices here")
-    if args.device == "mps" and not torch.backends.mps.is_available():
-        parser.error("--device mps: torch finds no Apple GPU here")
-    if args.dataset.startswith("cifar") and args.image_size != 32:
-        parser.error("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
-    if args.space == "cell" and args.image_size % 4:
-        parser.error(f"--image-size {args.image_size} must be a multiple of 4, for two reductions")
-    # ==== end =====================================================================================
+        args.auxiliary = 0.0  # its head needs a map of 7 or 8 pixels
+    check_image_size(args)
     return args
+
+def exit_code(run):
+    """Call run() -> the exit code. What the user can fix becomes one line on stderr."""
+    threads = torch.get_num_threads()
+    if hasattr(sys.stdout, "reconfigure"):  # not in every notebook
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    try:
+        run()
+        return 0
+    except UserError as error:
+        # A DataLoader's worker sends its traceback, which ends with the message.
+        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: lower --batch-size: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 def main(argv=None):
     """Train, test or summarise -> exit code."""
-    threads = torch.get_num_threads()
-    try:
+    def run():
         args = parse_args(argv)
+        if not (args.summary or args.evaluate):
+            open_out(args)
         start_processes(args)
         torch.backends.cudnn.allow_tf32 = False  # errors are measured in full float32
         if args.summary:
@@ -1118,25 +1091,7 @@ def main(argv=None):
             test(args)
         else:
             train(args)
-    # ==== shared: how it ends =====================================================================
-    except InputError as error:
-        # A DataLoader's worker sends its traceback, which ends with the message.
-        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: lower --batch-size: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-    # ==== end =====================================================================================
+    return exit_code(run)
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())
