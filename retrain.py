@@ -611,7 +611,8 @@ def summarise(args):
     print0(f"{args.name} on {args.dataset}, {num_classes} classes, {args.image_size} pixels: "
            f"{count_parameters(network):,} parameters, {counter.get_total_flops() / 2e6:,.1f} M "
            f"multiply-adds, latency {1000 * np.median(times[20:]):.2f} ms (median of 100 forward "
-           f"passes, batch {args.batch_size}, {logits.dtype}, {device})")
+           f"passes, batch {args.batch_size}, {logits.dtype}, {device}, {torch.get_num_threads()} "
+           "CPU threads)")
 
 # ==================================================================================================
 # Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
@@ -900,9 +901,20 @@ def save_checkpoint(args, settings, parts, log):
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
+    if len(log) == 1:  # not only at --resume, after hours
+        check_loads(buffer)
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
+
+def check_loads(buffer):
+    """Raise a TypeError if torch.load() would refuse what a method of your own has saved."""
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError("a state_dict() may hold tensors, numbers, strings, lists and dicts, "
+                        "nothing else") from error
 
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
@@ -968,7 +980,7 @@ def add_arguments(parser, defaults, method):
         help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
              "retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of an image; images of up to 64 stay in memory")
+        help="side of the central square of an image that is used; up to 64, all stay in memory")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],

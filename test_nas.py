@@ -10,7 +10,7 @@ import ast, contextlib, copy, errno, functools, io, itertools, json, math, multi
 import os, pickle, re, shutil, signal, socket, subprocess, sys, threading, time
 import types, urllib.request, zlib
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -723,6 +723,20 @@ def test_random_genotypes_are_repeatable_and_uniform():
     assert as_expected(list(sources.values()), [1000 / pairs[i] for _, i, _ in sources])
     assert as_expected(list(blocks.values()), 126 * [1000 / 9])
 
+@pytest.mark.parametrize("script", [ddp_nas, retrain])
+def test_without_none_is_a_name_and_not_a_position(script, monkeypatch):
+    """With `none` removed, or moved to the end, the first operation is one like the others."""
+    moved = {**{name: op for name, op in script.OPS.items() if name != "none"}, "none": None}
+    for operations in (dict(list(moved.items())[:-1]), moved):
+        monkeypatch.setattr(script, "OPS", operations)
+        if script is retrain:
+            cells = [retrain.random_genotype(seed) for seed in range(20)]
+        else:
+            scores = torch.rand(20, 28, len(operations), generator=torch.Generator().manual_seed(0))
+            cells = [ddp_nas.derive_cells(rows.argmax(1).tolist(), rows) for rows in scores]
+        found = {name for cell in cells for name, _ in cell.normal + cell.reduce}
+        assert found == moved.keys() - {"none"}
+
 # ==== one path at a time ==========================================================================
 SPACES = {"cell": (lambda: ddp_nas.CellSupernet(2, CELLS, 4), 28, 8),
           "mobile": (lambda: ddp_nas.MobileSupernet("gpu", 4), 14, 9)}
@@ -1044,7 +1058,8 @@ def test_what_a_search_run_prints(script, runs, images):
         assert [table.count(" x") for table in tables] == [28 * k for k in range(1, 8)]
     found, accuracy, last = text.splitlines()[-3:]
     assert found == json.loads((out / "genotype.json").read_text())["genotype"]
-    assert re.fullmatch(r"validation accuracy of the best path in the supernet: [\d.]+%", accuracy)
+    assert re.fullmatch(r"validation accuracy in the supernet of all 28 edges, of which the cell "
+                        r"keeps 16: [\d.]+%", accuracy)
     assert str(out / "genotype.json") in last
 
 @each_script
@@ -1094,8 +1109,9 @@ def test_mobile_search_run_and_summary_of_what_it_found(script, short_backbone, 
 
 class Uniform:
     """A method of your own with what README's table asks for, and no more."""
-    def __init__(self, num_edges, num_ops, seed, epochs, temperature):
-        self.total_epochs, self.temperature, self.recorded = epochs, temperature, 0
+    def __init__(self, num_edges, num_ops, seed, epochs, temperature, greedy):
+        self.total_epochs, self.temperature, self.greedy = epochs, temperature, greedy
+        self.recorded = 0
         self.probabilities = torch.full((num_edges, num_ops), 1 / num_ops)
         self.scores = self.probabilities
 
@@ -1122,16 +1138,26 @@ def test_both_scripts_run_a_distribution_of_your_own_with_its_own_options(
     def make_uniform(*args, **more):
         made.append(Uniform(*args, **more))
         return made[-1]
-    options = {"epochs": (10, "how long"), "temperature": (0.5, "how warm")}
+    options = {"epochs": (10, "how long"), "temperature": (0.5, "100 % warm"),
+               "greedy": (True, "or not")}
     argv = ["--device", "cpu", "--channels", "2", "--image-size", "8", "--batch-size", "96",
-            "--temperature", "0"]  # no limit of ours
+            "--temperature", "0", "--no-greedy"]
     monkeypatch.chdir(tmp_path)
     assert script.main(argv, make_uniform, options, "uniform") == 0
-    assert (made[0].temperature, made[0].total_epochs, made[0].recorded) == (0, 10, 10)
+    assert (made[0].temperature, made[0].greedy, made[0].recorded) == (0, False, 10)
     genotype = read_genotype(tmp_path / "runs" / "uniform")
     assert {op for op, _ in genotype.normal} == {"sep_conv_3x3"}
-    with pytest.raises(TypeError):  # an error of the method keeps its traceback
-        script.main([*argv, "--out", "other"], lambda **more: None, options, "uniform")
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"], make_uniform, options, "uniform")
+    assert stop.value.code == 0
+
+@pytest.mark.parametrize("state", [np.mean([0.5]), deque([1])])
+def test_a_state_that_resume_cannot_read_ends_the_run_at_its_first_checkpoint(
+        state, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(mdenas.MultinomialDistribution, "state_dict", lambda self: {"own": state})
+    with pytest.raises(TypeError, match="tensors, numbers, strings, lists and dicts"):
+        run(mdenas, tiny(mdenas, images, tmp_path / "run"))
+    assert read_log(tmp_path / "run") == []
 
 # ==== the devices =================================================================================
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1437,7 +1463,7 @@ def test_summary_against_arithmetic(tmp_path):
     count = sum(weights for _, weights in parts) + 2 * norms + 10
     operations = sum(pixels * weights for pixels, weights in parts)
     assert code == 0 and f" {count:,} parameters, {operations / 1e6:.1f} M" in text, (text, err)
-    assert "float32, cpu" in text
+    assert "float32, cpu, 1 CPU threads" in text
 
 # ==== the network in a program of your own ========================================================
 @pytest.mark.parametrize("name", ["random:0", "random:0:cpu"])
@@ -1482,6 +1508,8 @@ def test_preprocessing_is_that_of_the_test(images, large_images, tmp_path):
         paths = sorted((folder / "val").rglob("*.png"))
         ours = torch.stack([preprocess(Image.open(path)) for path in paths])
         torch.testing.assert_close(ours, tested)
+    with pytest.raises(ValueError, match="8 bits"):
+        preprocess(Image.fromarray(np.full((90, 90), 1000, np.uint16)))
 
 def test_no_network_is_loaded_from_a_search_run(runs):
     with pytest.raises(retrain.UserError, match="search"):
@@ -1855,6 +1883,8 @@ def test_options_out_of_range(script, images, tmp_path, monkeypatch):
             code, _, err = run(script, [*argv, "--" + name, value])
             assert code == 2 and (f"--{name}" in err.splitlines()[-1] or "epochs" in err), err
     assert_refused(script, [*argv, "--dataset", "cifar10", "--image-size", 16], tmp_path, "CIFAR")
+    chain = ["--genotype", "random:0:gpu"] if script is retrain else ["--space", "mobile"]
+    assert_refused(script, [*argv, *chain], tmp_path, "--channels 2 --cells 3")
     monkeypatch.setattr(script, "WORLD_SIZE", 3)
     with pytest.raises(script.UserError, match="--batch-size 8 must be a multiple of 3"):
         script.check_batch_size(8, 100)
@@ -1974,17 +2004,28 @@ def test_readme_runs_random_search(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["random_search.py", *options])
     with pytest.raises(SystemExit) as stop:
         exec(RANDOM_SEARCH, {"__name__": "__main__"})
-    out = tmp_path / "runs" / "random_search"
-    log, genotype, edge = read_log(out), read_genotype(out), 0
-    winner = max(log, key=lambda row: row["accuracy"])["sample"]
-    assert stop.value.code == 0
-    assert len(log) == 8 and len({tuple(row["sample"]) for row in log}) == 8
-    for cell in (genotype.normal, genotype.reduce):
-        for i, node in enumerate(nodes_of(cell)):
-            on_edges = [list(ddp_nas.OPS)[op] for op in winner[edge:edge + 2 + i]]
-            if sum(name != "none" for name in on_edges) >= 2:
-                assert all(on_edges[source] == name for name, source in node)
-            edge += 2 + i
+    log = read_log(tmp_path / "runs" / "random_search")
+    assert stop.value.code == 0 and len({tuple(row["sample"]) for row in log}) == len(log) == 8
+
+def test_readme_random_search_keeps_random_edges_of_the_best_path():
+    """Among those whose operation is not `none`; over seeds, every pair of sources is as likely."""
+    block, kept = {"__name__": "block"}, Counter()
+    exec(RANDOM_SEARCH, block)
+    for seed in range(600):
+        search = block["RandomSearch"](28, 8, epochs=2, seed=seed)
+        history = drive(search, lambda sample, epoch: 0.3 + 0.1 * (epoch == 1))
+        (winner, _), _ = history
+        assert search.best() == winner and len({tuple(sample) for sample, _ in history}) == 2
+        cells, edge = mdenas.derive_cells(search.best(), search.scores), 0
+        for cell in (cells.normal, cells.reduce):
+            for i, node in enumerate(nodes_of(cell)):
+                there = [list(mdenas.OPS)[op] for op in winner[edge:edge + 2 + i]]
+                kept[i, tuple(source for _, source in node)] += 1
+                if there.count("none") <= i:  # two others are left
+                    assert all(there[source] == name for name, source in node)
+                edge += 2 + i
+    pairs = [1, 3, 6, 10]
+    assert len(kept) == 20 and as_expected(list(kept.values()), [1200 / pairs[i] for i, _ in kept])
 
 def test_readme_searches_and_trains_with_an_operation_of_your_own(
         images, tmp_path, monkeypatch, capsys):
