@@ -680,26 +680,22 @@ def save_checkpoint(args, settings, parts, log):
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
-    if len(log) == 1:  # not only at --resume, after hours
-        check_loads(buffer)
+    if len(log) == 1:  # now, and not at --resume after hours
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True)
+        except Exception as error:
+            raise TypeError("a state_dict() may hold tensors, numbers, strings, lists and dicts, "
+                            "nothing else") from error
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
-
-def check_loads(buffer):
-    """Raise a TypeError if torch.load() would refuse what a method of your own has saved."""
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise TypeError("a state_dict() may hold tensors, numbers, strings, lists and dicts, "
-                        "nothing else") from error
 
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load has many ways to fail
+    except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and texts, which "
                         "could run code (save network.state_dict() alone)") from None
 
