@@ -1937,7 +1937,7 @@ def test_missing_genotype_and_options_that_do_not_fit_it(argv, words, tmp_path, 
 # ==== the README ==================================================================================
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-USE, RANDOM_SEARCH, OPERATION, BENCHMARK, COURSEWORK = BLOCKS
+BENCHMARK, COURSEWORK, USE, RANDOM_SEARCH, OPERATION = BLOCKS
 
 def test_readme_runs_random_search(tmp_path, monkeypatch):
     skip_training(mdenas, monkeypatch, [])
