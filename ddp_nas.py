@@ -5,11 +5,13 @@
     python ddp_nas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
-An architecture picks one of K operations for each of E edges. An edge is a connection inside a
-cell, or a block of a chain. One epoch of search samples an architecture, trains the shared weights
-along that single path on one half of the training images, and measures the accuracy of the path on
-the other half. Once every remaining operation was sampled T times, each edge loses the operation
-with the lowest score. The survivors are the result.
+The network is a stack of copies of two cells, one of which halves the image, or a chain of blocks.
+In a cell, an edge applies an operation to the output of an earlier node, and a node adds up its
+edges. An architecture picks one of K operations for each of E edges; a block of a chain counts as
+an edge. One epoch of search samples an architecture, trains the shared weights along that single
+path on one half of the training images, and measures the accuracy of the path on the other half.
+Once every remaining operation was sampled T times, each edge loses the operation with the lowest
+score. The survivors are the result.
 
 What this script shares with mdenas.py and retrain.py is the same to the character.
 """
@@ -40,13 +42,13 @@ CLIP = 5.0                            # the largest norm of a gradient
 class DynamicDistribution:
     """E independent categorical distributions over K operations, pruned as they learn.
 
-    A round is T passes of k epochs. A pass samples each of the k operations left on an edge once.
-    At the end of the round, theta (E, K), the score of every operation, becomes
+    A round is T passes of k epochs. A pass samples each of the k operations left on an edge once,
+    in random order. At the end of the round, theta (E, K), the score of every operation, becomes
 
-        theta <- mean over passes of softmax over operations of (100 accuracy) + decay theta
+        theta <- mean_over_passes(softmax_over_operations(100 accuracy)) + decay * theta
 
-    and the operation with the smallest is pruned from every edge. The softmax takes the accuracy
-    in percent: that is the 100.
+    and on every edge the operation with the smallest theta is pruned. The softmax takes the
+    accuracy in percent: that is the 100. Theta decides what is pruned, not what is sampled.
     """
     def __init__(self, num_edges, num_ops, passes=3, decay=0.5, seed=0):
         self.passes, self.decay = passes, decay  # T, and how much of the old theta stays
@@ -143,7 +145,7 @@ def evaluate(network, batches, sample):
             logits = network(images, sample)
         totals[0] += (logits.argmax(1) == labels).sum()
         totals[1] += len(labels)
-    average_over_processes([totals])  # a ratio of means is one of sums
+    average_over_processes([totals])  # means, not sums: their ratio is the same
     num_correct, num_images = totals.tolist()
     return num_correct / num_images
 
@@ -154,8 +156,8 @@ def split_training_images(args):
     g = torch.Generator().manual_seed(args.seed)
     training, validation = torch.randperm(len(dataset), generator=g).tensor_split(2)
     check_batch_size(args.batch_size, len(validation))
-    # BatchNorm takes its statistics from the batch, so all validation batches have one size: 48 of
-    # 520 for 25,000 images and --batch-size 512. The few images that are left over are not used.
+    # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
+    # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
     size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
@@ -174,7 +176,6 @@ def search(args, distribution):
     parts = dict(network=network, optimizer=optimizer, schedule=schedule,
                  distribution=distribution)
     log = load_checkpoint(args, settings, parts)
-    print_settings(settings)
 
     for epoch in range(len(log), distribution.total_epochs):  # --resume: from the log's end
         start = time.perf_counter()
@@ -404,7 +405,7 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 SMALL = 64  # pixels: images up to this size stay in the memory of the device
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """The images <folder>/<class>/*, read when they are needed: (3, size, size) uint8, label."""
+    """The images below <folder>/<class>, read when needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
@@ -432,7 +433,7 @@ def open_rgb(path):
 
 def to_rgb(image):
     """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
-    if image.mode[0] in "IF":  # of 16 bits or floats PIL would make black and white
+    if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
     return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
 
@@ -466,15 +467,15 @@ def make_gratings(count, size, seed):
 def read_cifar(args, train):
     """-> images (N, 3, 32, 32), labels, classes."""
     name = args.dataset.upper()
-    try:
-        for rank in range(WORLD_SIZE):  # in turn: the others find what the first has downloaded
+    for rank in range(WORLD_SIZE):  # one after the other: process 0 downloads, the others find it
+        try:
             if rank == RANK:
                 data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
-            if WORLD_SIZE > 1:
-                dist.barrier()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
-        raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
-                        f"downloaded: {error}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
+            raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                            f"downloaded: {error}") from None
+        if WORLD_SIZE > 1:
+            dist.barrier()
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
@@ -494,10 +495,11 @@ def open_images(args, train):
         print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
                f"{', '.join(dataset.classes[:5])} ...")
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
-        same_everywhere({"number of images": len(names), **dict(enumerate(names))})
+        same_everywhere({"number of images": len(names),
+                         **{f"image {i}": name for i, name in enumerate(names)}})
         if args.image_size > SMALL:
             return dataset
-        # Cloned, since a tensor from a worker keeps a file open.
+        # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
         images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
         labels, classes = torch.tensor(dataset.targets), dataset.classes
@@ -519,7 +521,7 @@ def shift_and_flip(images, g):
     mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
-    images = crops[torch.arange(count, device=y.device), :, y, x]
+    images = crops[torch.arange(count, device=y.device), :, y, x]  # (B, 3, S, S)
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
@@ -527,7 +529,8 @@ class Batches:
 
     dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
     train: the images are shuffled and changed by augment(images, generator), and all batches are
-    full. What is random follows from the seed and from `epoch`, in every process alike.
+    full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
+    which are the same in every process.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
         self.dataset, self.index, self.batch_size = dataset, index, batch_size
@@ -550,9 +553,9 @@ class Batches:
         shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
         shares = [share for share in shares if share]  # in a test, the last one may be empty
         on_gpu = self.device == "cuda"
-        if isinstance(self.dataset, TensorDataset):  # takes a list of indices
+        if isinstance(self.dataset, TensorDataset):  # which takes a whole share as its index
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
-        else:
+        else:  # workers read the images of a share one by one
             loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
                                 pin_memory=on_gpu)
         for images, labels in with_progress(loader, "training" if self.train else "validation"):
@@ -599,7 +602,9 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    same_everywhere(run_settings(args))
+    settings = run_settings(args)
+    print0(", ".join(f"{name} {value}" for name, value in settings.items()))
+    same_everywhere(settings)
 
 def same_everywhere(facts):
     """Raise a UserError in a process whose dict of facts is not that of process 0.
@@ -612,7 +617,7 @@ def same_everywhere(facts):
     check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise a UserError that names the first entry in which two dicts differ."""
+    """Raise a UserError that names the first entry of ours that theirs lacks or has otherwise."""
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
@@ -627,7 +632,7 @@ def average_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes, of the weights on the path: it is the same in all of them."""
+    """Over the processes, which all have gradients for the same weights."""
     if WORLD_SIZE > 1:
         average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
@@ -649,7 +654,7 @@ def autocast(device):
 MAY_DIFFER = ("data_dir", "device", "workers", "out", "resume")  # between a run and its --resume
 
 def run_settings(args):
-    """What a run, its --resume and all their processes have in common, a dict."""
+    """What a run, its --resume and all their processes have in common, the method first."""
     options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     return {"method": args.method, **options, "processes": WORLD_SIZE}
 
@@ -662,10 +667,10 @@ def open_out(args):
     for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
         if (args.out / name).exists() and not args.resume:
             raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
-                            "go on with its run by --resume")
+                            "let --resume go on with its run, or begin it again")
 
 def write_file(path, data):
-    """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
+    """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -674,7 +679,10 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, which holds the log, too."""
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, which --resume goes by.
+
+    It holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
+    """
     if RANK > 0:
         return
     buffer = io.BytesIO()
@@ -685,8 +693,8 @@ def save_checkpoint(args, settings, parts, log):
         try:
             torch.load(buffer, weights_only=True)
         except Exception as error:
-            raise TypeError("a state_dict() may hold tensors, numbers, strings, lists and dicts, "
-                            "nothing else") from error
+            raise TypeError("options and a state_dict() may hold tensors, numbers, strings, lists "
+                            "and dicts, nothing else") from error
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
@@ -711,7 +719,7 @@ def load_checkpoint(args, settings, parts):
         log = checkpoint["log"]
     elif RANK == 0:
         try:
-            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one ends here
+            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
         except OSError as error:
             raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
     same_everywhere({"number of epochs in --out": len(log)})
@@ -723,10 +731,6 @@ def print0(text):
     if RANK == 0:
         print(text, flush=True)
 
-def print_settings(settings):
-    print0(", ".join(f"{name} {value}" for name, value in settings.items()
-                     if not isinstance(value, list)))
-
 def print_epoch(log, total_epochs, measured, num_images):
     """A line for the last epoch; num_images: how many it trained on and measured with."""
     row = log[-1]
@@ -735,13 +739,9 @@ def print_epoch(log, total_epochs, measured, num_images):
     print0(f"epoch {len(log):3}/{total_epochs}  loss {row['loss']:.3f}  {measured}  "
            f"{num_images / row['seconds']:.0f} images/s  {left} left")
 
-SHORT = {"max_pool_3x3": "max3", "avg_pool_3x3": "avg3", "skip_connect": "skip",
-         "sep_conv_3x3": "sep3", "sep_conv_5x5": "sep5", "dil_conv_3x3": "dil3",
-         "dil_conv_5x5": "dil5"}
-
 def print_distribution(probabilities, args):
     """A row for each edge of probabilities (E, K): darker is closer to the row's best, x is 0."""
-    columns = [SHORT.get(name, name[:5]) for name in OPS]
+    columns = [name[:3] + name[-1] if name[-1].isdigit() else name[:4] for name in OPS]
     rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
             for node in range(NUM_NODES) for source in range(2 + node)]
     if args.space == "mobile":
@@ -776,7 +776,7 @@ def write_results(args, settings, distribution, accuracy):
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
         write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
-    path = "all 28 edges, of which the cell keeps 16" if args.space == "cell" else "this chain"
+    path = "all 28 edges, of which the cells keep 16" if args.space == "cell" else "this chain"
     print0(f"{found}\nvalidation accuracy in the supernet of {path}: {accuracy:.2%}\n"
            f"written to {args.out / 'genotype.json'}, for retrain.py")
 
@@ -784,11 +784,11 @@ def write_results(args, settings, distribution, accuracy):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it is, and every default."""
 
-def at_least(least, kind=int):
+def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number that is not below the least."""
     def number(text):
-        if not least <= kind(text) < math.inf:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= kind(text) < below:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
         return kind(text)
     return number
 
@@ -805,7 +805,7 @@ def add_arguments(parser, defaults, method):
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0), default=0, help="of all that is random")
+    add("--seed", type=at_least(0, below=2**32), default=0, help="of all that is random")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
@@ -835,10 +835,9 @@ def parse_args(argv, options, method):
     else:
         add("--backbone", choices=BACKBONES, default="gpu", help="widths of the blocks")
     for name, (default, text) in options.items():
-        how = {"type": type(default)}
-        if type(default) in (int, float):
-            how = {"type": at_least(0, type(default))}
-        if type(default) is bool:
+        kind = type(default)
+        how = {"type": at_least(0, kind) if kind in (int, float) else kind}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         add("--" + name.replace("_", "-"), default=default, help=text.replace("%", "%%"), **how)
     add_arguments(parser, defaults, method)
@@ -859,7 +858,7 @@ def exit_code(run):
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
-        print(f"error: lower --batch-size: {error}", file=sys.stderr)
+        print(f"error: lower --batch-size, or --image-size: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)
@@ -873,7 +872,8 @@ def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, met
     """Search -> exit code.
 
     options: name -> (default, help) of what the constructor of distribution_class takes, besides
-    num_edges, num_ops and seed. method: the name of the results' folder.
+    num_edges, num_ops and seed. A default is a bool, a string or a number; numbers that are given
+    must not be negative. method: the name of the results' folder.
     """
     def run():
         args = parse_args(argv, options, method)

@@ -31,8 +31,9 @@ from torchvision.transforms import v2
 METHOD = "retrain"
 # The recipes. lr_decay: "cosine" to 0, or a factor an epoch; norm_decay: the weight decay of
 # BatchNorms; clip: the largest norm of a gradient; smoothing: of the labels; auxiliary: the weight
-# of the auxiliary head's loss; cutout: the side of its square / the side of the image. image_size,
-# channels and cells are the size of the images, and of a network of cells.
+# of the auxiliary head's loss; drop_path: its probability, reached in the last epoch; cutout: the
+# side of its square / the side of the image. image_size, channels and cells: the size of the
+# images, and of a network of cells.
 CIFAR = dict(image_size=32, channels=36, cells=20, epochs=600, batch_size=96, lr=0.025,
              lr_decay="cosine", weight_decay=3e-4, norm_decay=3e-4, clip=5.0, smoothing=0.0,
              auxiliary=0.4, drop_path=0.2, cutout=0.5)
@@ -144,27 +145,27 @@ PUBLISHED = {
         [("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("skip_connect", 0), ("sep_conv_5x5", 1),
          ("sep_conv_5x5", 3), ("sep_conv_3x3", 1), ("dil_conv_5x5", 3), ("max_pool_3x3", 4)],
         [("max_pool_3x3", 0), ("sep_conv_5x5", 1), ("skip_connect", 0), ("skip_connect", 1),
-         ("sep_conv_3x3", 3), ("skip_connect", 2), ("dil_conv_3x3", 3), ("sep_conv_5x5", 0)],),
+         ("sep_conv_3x3", 3), ("skip_connect", 2), ("dil_conv_3x3", 3), ("sep_conv_5x5", 0)]),
     "DDPNAS_IMAGENET": make_genotype(
         [("sep_conv_5x5", 1), ("max_pool_3x3", 0), ("dil_conv_3x3", 0), ("sep_conv_3x3", 1),
          ("sep_conv_3x3", 0), ("max_pool_3x3", 3), ("dil_conv_3x3", 2), ("avg_pool_3x3", 0)],
         [("sep_conv_5x5", 1), ("avg_pool_3x3", 0), ("avg_pool_3x3", 1), ("skip_connect", 0),
-         ("skip_connect", 2), ("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 4)],),
+         ("skip_connect", 2), ("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 4)]),
     "DDPNAS_1": make_genotype(
         [("sep_conv_5x5", 0), ("max_pool_3x3", 1), ("sep_conv_3x3", 2), ("max_pool_3x3", 0),
          ("dil_conv_5x5", 0), ("sep_conv_3x3", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 4)],
         [("sep_conv_3x3", 1), ("dil_conv_5x5", 0), ("dil_conv_5x5", 1), ("sep_conv_5x5", 0),
-         ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("max_pool_3x3", 1), ("sep_conv_3x3", 0)],),
+         ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("max_pool_3x3", 1), ("sep_conv_3x3", 0)]),
     "DDPNAS_2": make_genotype(
         [("sep_conv_5x5", 0), ("skip_connect", 1), ("dil_conv_5x5", 2), ("max_pool_3x3", 0),
          ("sep_conv_5x5", 1), ("skip_connect", 2), ("skip_connect", 1), ("sep_conv_3x3", 3)],
         [("max_pool_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 2), ("avg_pool_3x3", 0),
-         ("avg_pool_3x3", 0), ("dil_conv_3x3", 1), ("sep_conv_3x3", 0), ("max_pool_3x3", 4)],),
+         ("avg_pool_3x3", 0), ("dil_conv_3x3", 1), ("sep_conv_3x3", 0), ("max_pool_3x3", 4)]),
     "DARTS_V2": make_genotype(
         [("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
          ("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2)],
         [("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1),
-         ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)],),
+         ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)]),
     "DDPNAS_GPU": [(7, 6), (7, 3), (5, 6), (7, 1), (3, 6), (7, 6), (5, 1), (5, 3), (5, 6), (7, 6),
                    (7, 6), (5, 3), (7, 6), (5, 6)],
     "MDENAS_GPU": [(7, 6), (5, 6), (7, 3), (3, 6), (5, 6), (3, 1), (7, 3), (7, 6), (3, 3), (3, 6),
@@ -233,30 +234,30 @@ def check_blocks(blocks):
     return [tuple(block) for block in blocks]
 
 def load_genotype(name):
-    """What --genotype names -> Genotype or blocks, and the data set that it belongs to, a dict."""
+    """What --genotype names -> Genotype or blocks, and its origin, settings of its search."""
     drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", name)
     if drawn:
         return random_genotype(int(drawn[1]), drawn[2]), {}
-    text, searched = name, {}
+    text, origin = name, {}
     if name in PUBLISHED:
         text = str(PUBLISHED[name])
     elif not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
-        text, searched = read_genotype(name)
+        text, origin = read_genotype(name)
     genotype = parse_genotype(text)
     imagenet = name == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
-    return genotype, searched or {"dataset": "imagenet" if imagenet else "cifar10"}
+    return genotype, origin or {"dataset": "imagenet" if imagenet else "cifar10"}
 
 def read_genotype(path):
-    """A genotype.json of a search, or any other file -> its genotype as text; the data set."""
+    """A genotype.json of a search, or any other file -> its genotype as text, and its origin."""
     try:
         text = Path(path).read_text()
         if not text.lstrip().startswith("{"):
             return text, {}
         found = json.loads(text)
-        searched = {name: found["settings"][name] for name in ("dataset", "image_size")}
-        if searched["dataset"] not in DEFAULTS:
-            raise ValueError(f"unknown data set {searched['dataset']}")
-        return str(found["genotype"]), searched
+        origin = {name: found["settings"][name] for name in ("dataset", "image_size")}
+        if origin["dataset"] not in DEFAULTS:
+            raise ValueError(f"unknown data set {origin['dataset']}")
+        return str(found["genotype"]), origin
     except Exception as error:  # there is no such file, or one of anything
         raise UserError(f"--genotype {path} cannot be read ({error!r}): run `python ddp_nas.py` "
                         "first, or name another genotype.json, a genotype in the notation of "
@@ -395,7 +396,7 @@ def read_weights(path):
     checkpoint = read_checkpoint(path)
     if "distribution" in checkpoint:
         raise UserError(f"{path} is the checkpoint of a search, not of a network to use")
-    if "settings" in checkpoint:
+    if "network" in checkpoint and "settings" in checkpoint:
         return checkpoint["network"], checkpoint["settings"]
     for name in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(checkpoint.get(name), dict):
@@ -411,7 +412,7 @@ def load_by_position(network, weights, path):
     """Load a state dict whose entries stand in the order of the network's own.
 
     The names of the authors' entries agree with ours in the last part only (weight, bias, ...).
-    Raises an UserError for the first entry that does not fit, and leaves the network as it was.
+    Raises a UserError for the first entry that does not fit, and leaves the network as it was.
     """
     ours = network.state_dict()
     for (name, tensor), (other, value) in zip(ours.items(), weights.items()):
@@ -455,7 +456,7 @@ class RandomCrops(Dataset):
             return self.transform(open_rgb(path)), label
 
 def cutout(images, length):
-    """Set a square of length pixels to 0 in each of images (B, 3, S, S); it may cross the edge."""
+    """Set a square of an even length to 0 in each of images (B, 3, S, S); it may cross the edge."""
     along = torch.arange(images.shape[-1], device=images.device)                 # (S,)
     y, x = torch.randint(len(along), (2, len(images), 1), device=images.device)  # (B, 1), centres
     rows = (along >= y - length // 2) & (along < y + length // 2)                # (B, S)
@@ -548,7 +549,6 @@ def train(args):
                 "operations": list(OPS)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule)
     log = load_checkpoint(args, settings, parts)
-    print_settings(settings)
     parameters = count_parameters(network)
     print0(f"{args.name}: {parameters:,} parameters, auxiliary head: {args.auxiliary > 0}")
     if args.drop_path:
@@ -627,7 +627,7 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 SMALL = 64  # pixels: images up to this size stay in the memory of the device
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """The images <folder>/<class>/*, read when they are needed: (3, size, size) uint8, label."""
+    """The images below <folder>/<class>, read when needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
         formats = Image.registered_extensions()
         suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
@@ -655,7 +655,7 @@ def open_rgb(path):
 
 def to_rgb(image):
     """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
-    if image.mode[0] in "IF":  # of 16 bits or floats PIL would make black and white
+    if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
     return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
 
@@ -689,15 +689,15 @@ def make_gratings(count, size, seed):
 def read_cifar(args, train):
     """-> images (N, 3, 32, 32), labels, classes."""
     name = args.dataset.upper()
-    try:
-        for rank in range(WORLD_SIZE):  # in turn: the others find what the first has downloaded
+    for rank in range(WORLD_SIZE):  # one after the other: process 0 downloads, the others find it
+        try:
             if rank == RANK:
                 data = getattr(torchvision.datasets, name)(args.data_dir, train, download=True)
-            if WORLD_SIZE > 1:
-                dist.barrier()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
-        raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
-                        f"downloaded: {error}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: a checksum is wrong
+            raise UserError(f"--data-dir {args.data_dir}: {name} cannot be read from there, nor "
+                            f"downloaded: {error}") from None
+        if WORLD_SIZE > 1:
+            dist.barrier()
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
@@ -717,10 +717,11 @@ def open_images(args, train):
         print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
                f"{', '.join(dataset.classes[:5])} ...")
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
-        same_everywhere({"number of images": len(names), **dict(enumerate(names))})
+        same_everywhere({"number of images": len(names),
+                         **{f"image {i}": name for i, name in enumerate(names)}})
         if args.image_size > SMALL:
             return dataset
-        # Cloned, since a tensor from a worker keeps a file open.
+        # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
         images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
         labels, classes = torch.tensor(dataset.targets), dataset.classes
@@ -742,7 +743,7 @@ def shift_and_flip(images, g):
     mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
-    images = crops[torch.arange(count, device=y.device), :, y, x]
+    images = crops[torch.arange(count, device=y.device), :, y, x]  # (B, 3, S, S)
     return torch.where(mirrored, images.flip(3), images)
 
 class Batches:
@@ -750,7 +751,8 @@ class Batches:
 
     dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
     train: the images are shuffled and changed by augment(images, generator), and all batches are
-    full. What is random follows from the seed and from `epoch`, in every process alike.
+    full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
+    which are the same in every process.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
         self.dataset, self.index, self.batch_size = dataset, index, batch_size
@@ -773,9 +775,9 @@ class Batches:
         shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
         shares = [share for share in shares if share]  # in a test, the last one may be empty
         on_gpu = self.device == "cuda"
-        if isinstance(self.dataset, TensorDataset):  # takes a list of indices
+        if isinstance(self.dataset, TensorDataset):  # which takes a whole share as its index
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
-        else:
+        else:  # workers read the images of a share one by one
             loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
                                 pin_memory=on_gpu)
         for images, labels in with_progress(loader, "training" if self.train else "validation"):
@@ -822,7 +824,9 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    same_everywhere(run_settings(args))
+    settings = run_settings(args)
+    print0(", ".join(f"{name} {value}" for name, value in settings.items()))
+    same_everywhere(settings)
 
 def same_everywhere(facts):
     """Raise a UserError in a process whose dict of facts is not that of process 0.
@@ -835,7 +839,7 @@ def same_everywhere(facts):
     check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise a UserError that names the first entry in which two dicts differ."""
+    """Raise a UserError that names the first entry of ours that theirs lacks or has otherwise."""
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
@@ -850,7 +854,7 @@ def average_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes, of the weights on the path: it is the same in all of them."""
+    """Over the processes, which all have gradients for the same weights."""
     if WORLD_SIZE > 1:
         average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
@@ -870,7 +874,7 @@ def autocast(device):
 
 # ==== files =======================================================================================
 def run_settings(args):
-    """What a run, its --resume and all their processes have in common, a dict."""
+    """What a run, its --resume and all their processes have in common, the method first."""
     options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     return {"method": args.method, **options, "processes": WORLD_SIZE}
 
@@ -883,10 +887,10 @@ def open_out(args):
     for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
         if (args.out / name).exists() and not args.resume:
             raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
-                            "go on with its run by --resume")
+                            "let --resume go on with its run, or begin it again")
 
 def write_file(path, data):
-    """Write bytes to a temporary name, then rename: the file is there whole or not at all."""
+    """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -895,7 +899,10 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, which holds the log, too."""
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, which --resume goes by.
+
+    It holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
+    """
     if RANK > 0:
         return
     buffer = io.BytesIO()
@@ -906,8 +913,8 @@ def save_checkpoint(args, settings, parts, log):
         try:
             torch.load(buffer, weights_only=True)
         except Exception as error:
-            raise TypeError("a state_dict() may hold tensors, numbers, strings, lists and dicts, "
-                            "nothing else") from error
+            raise TypeError("options and a state_dict() may hold tensors, numbers, strings, lists "
+                            "and dicts, nothing else") from error
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
@@ -932,7 +939,7 @@ def load_checkpoint(args, settings, parts):
         log = checkpoint["log"]
     elif RANK == 0:
         try:
-            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one ends here
+            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
         except OSError as error:
             raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
     same_everywhere({"number of epochs in --out": len(log)})
@@ -943,10 +950,6 @@ def print0(text):
     """Print in process 0."""
     if RANK == 0:
         print(text, flush=True)
-
-def print_settings(settings):
-    print0(", ".join(f"{name} {value}" for name, value in settings.items()
-                     if not isinstance(value, list)))
 
 def print_epoch(log, total_epochs, measured, num_images):
     """A line for the last epoch; num_images: how many it trained on and measured with."""
@@ -960,11 +963,11 @@ def print_epoch(log, total_epochs, measured, num_images):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it is, and every default."""
 
-def at_least(least, kind=int):
+def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number that is not below the least."""
     def number(text):
-        if not least <= kind(text) < math.inf:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= kind(text) < below:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
         return kind(text)
     return number
 
@@ -981,7 +984,7 @@ def add_arguments(parser, defaults, method):
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0), default=0, help="of all that is random")
+    add("--seed", type=at_least(0, below=2**32), default=0, help="of all that is random")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
@@ -1008,9 +1011,11 @@ def parse_args(argv):
     add("--dataset", choices=DEFAULTS, default=argparse.SUPPRESS,
         help="default: that of the genotype, or synthetic")
     add("--large", action="store_true", help="44 channels, 1,800 epochs and AutoAugment")
-    add("--summary", action="store_true", help="print parameters, multiply-adds and latency")
-    add("--evaluate", type=Path, metavar="FILE",
-        help="measure the test error of a checkpoint of ours, or of weights of others")
+    instead = parser.add_mutually_exclusive_group()  # of training
+    instead.add_argument("--summary", action="store_true",
+                         help="print parameters, multiply-adds and latency")
+    instead.add_argument("--evaluate", type=Path, metavar="FILE",
+                         help="test a checkpoint of ours, or weights of others")
 
     given, rest = parser.parse_known_args(argv)  # the other defaults depend on these
     name, saved = getattr(given, "genotype", None), {}
@@ -1018,17 +1023,17 @@ def parse_args(argv):
         _, saved = read_weights(given.evaluate)
         if not (name or saved):
             raise UserError(f"--evaluate {given.evaluate}: of which network? Add --genotype")
-    if saved and not name:
-        name, genotype, searched = given.evaluate, parse_genotype(saved["genotype"]), {}
+    if saved and not name:  # a checkpoint of ours brings its genotype
+        name, genotype, origin = given.evaluate, parse_genotype(saved["genotype"]), {}
     else:
         needs_no_file = {"-h", "--help"} & set(rest)
         name = name or ("random:0" if needs_no_file else "runs/ddp_nas/genotype.json")
-        genotype, searched = load_genotype(name)
+        genotype, origin = load_genotype(name)
     if saved:
         keys = ("dataset", "image_size", "channels", "cells", "seed")
-        searched = {key: saved[key] for key in keys}
+        origin = {key: saved[key] for key in keys}
     space = "cell" if isinstance(genotype, Genotype) else "mobile"
-    dataset = getattr(given, "dataset", searched.get("dataset", "synthetic"))
+    dataset = getattr(given, "dataset", origin.get("dataset", "synthetic"))
 
     defaults = dict(DEFAULTS[dataset])
     if dataset == "imagenet" and space == "mobile":
@@ -1037,8 +1042,8 @@ def parse_args(argv):
         defaults.update(LARGE)
     if given.summary:
         defaults.update(batch_size=1)
-    if searched.get("dataset") == dataset:  # made for its images
-        defaults.update(searched)
+    if origin.get("dataset") == dataset:  # on other images, only the genotype is kept
+        defaults.update(origin)
     if space == "cell":
         add("--channels", type=at_least(2), help="C, the channels of the first cell")
         add("--cells", type=at_least(3), help="number of cells")
@@ -1075,7 +1080,7 @@ def exit_code(run):
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
-        print(f"error: lower --batch-size: {error}", file=sys.stderr)
+        print(f"error: lower --batch-size, or --image-size: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: a run goes on from its last whole epoch with --resume", file=sys.stderr)

@@ -264,7 +264,7 @@ def test_distribution_visits_every_alive_operation_and_prunes_by_theta(
             for _ in range(alive[0].sum()):
                 for _ in range(draw.integers(1, 3)):  # the last sample counts
                     sample = distribution.sample()
-                history.append((sample, draw.uniform(0.4, 0.45)))  # every softmax is in play
+                history.append((sample, draw.uniform(0, 0.05)))  # every softmax is in play
                 visits[np.arange(num_edges), sample] += 1
                 distribution.record(*history[-1])
             assert (visits == alive).all()
@@ -1033,8 +1033,8 @@ def test_what_a_search_run_prints(script, runs, images):
         assert [table.count(" x") for table in tables] == [28 * k for k in range(1, 8)]
     found, accuracy, last = text.splitlines()[-3:]
     assert found == json.loads((out / "genotype.json").read_text())["genotype"]
-    assert re.fullmatch(r"validation accuracy in the supernet of all 28 edges, of which the cell "
-                        r"keeps 16: [\d.]+%", accuracy)
+    assert re.fullmatch(r"validation accuracy in the supernet of all 28 edges, of which the cells "
+                        r"keep 16: [\d.]+%", accuracy)
     assert str(out / "genotype.json") in last
 
 @each_script
@@ -1608,12 +1608,13 @@ def test_what_differs_between_processes_is_named(runs, images, tmp_path, monkeyp
         monkeypatch.setattr(mdenas.dist, "broadcast_object_list",
                             lambda objects: objects.__setitem__(0, facts))
     args = settings(dataset="imagefolder", data_dir=images)
-    names = [f"{os.sep}{name}{os.sep}{i:02}.png" for name in ("cats", "dogs") for i in range(18)]
-    names[18] = "other.png"
-    pretend_process_0_has({"number of images": 36, **dict(enumerate(names))})
-    with pytest.raises(mdenas.UserError, match="^18 is .dogs.00.png in process 0, but other.png"):
+    names = {f"image {18 * label + i}": f"{os.sep}{name}{os.sep}{i:02}.png"
+             for label, name in enumerate(("cats", "dogs")) for i in range(18)}
+    names["image 18"] = "other.png"
+    pretend_process_0_has({"number of images": 36, **names})
+    with pytest.raises(mdenas.UserError, match="^image 18 is .dogs.00.png in .*, but other"):
         mdenas.open_images(args, train=True)
-    pretend_process_0_has({"number of images": 37, **dict(enumerate(names))})
+    pretend_process_0_has({"number of images": 37, **names})
     with pytest.raises(mdenas.UserError, match="^number of images is 36 in process 0, but 37"):
         mdenas.open_images(args, train=True)
     pretend_process_0_has({"number of epochs in --out": 3})
@@ -1713,7 +1714,7 @@ def test_a_fault_in_the_third_epoch_of_a_run_keeps_the_last_checkpoint(
 
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt(), 130, "interrupted: .* --resume"),
-    (torch.OutOfMemoryError("CUDA: 2 GiB"), 2, "error: lower --batch-size: CUDA: 2 GiB"),
+    (torch.OutOfMemoryError("CUDA: 2 GiB"), 2, "error: lower .*-size: CUDA: 2 GiB"),
     (RuntimeError("bad shape"), None, ""), (FileNotFoundError("table.npy"), None, "")], ids=repr)
 def test_how_an_error_ends_a_run(error, code, words, images, tmp_path, monkeypatch):
     """Ctrl-C and a full GPU with a line; an error of the code with its traceback."""
@@ -1812,8 +1813,8 @@ def test_a_folder_that_holds_a_run_is_refused(script, runs, images, tmp_path):
         assert_refused(script, tiny(script, images, tmp_path / out), tmp_path, tmp_path / "file")
 
 COMMON = {"batch-size": [0, -8, "many", 37, 1], "image-size": [0, 10], "lr": [-0.1, "nan", "inf"],
-          "seed": [-1], "workers": [-1], "dataset": ["mnist"], "channels": [0, 1], "cells": [2],
-          "chan": [4], "device": ["tpu"]}
+          "seed": [-1, 2**32], "workers": [-1], "dataset": ["mnist"], "channels": [0, 1],
+          "cells": [2], "chan": [4], "device": ["tpu"]}
 OPTIONS = {ddp_nas: {"space": ["outer"], "batch-size": [19], "passes": [0, -3, 1.5]},
            mdenas: {"epochs": [0], "alpha": [-0.1, "nan"]}, retrain: {"epochs": [0]}}
 
@@ -1984,7 +1985,7 @@ def test_readme_searches_and_trains_with_an_operation_of_your_own(
             exec(OPERATION.replace("ddp_nas", script.METHOD), {"__name__": "__main__"})
         assert stop.value.code == 0, capsys.readouterr()
     assert len(read_log(tmp_path / "search")) == 44  # of 9 operations
-    assert re.search("none .* conv_$", capsys.readouterr().out, re.M)
+    assert re.search("none .* con3$", capsys.readouterr().out, re.M)
     genotype = read_genotype(tmp_path / "search")
     assert "conv_3x3" in {op for op, _ in genotype.normal + genotype.reduce}
     del ddp_nas.OPS["conv_3x3"]
