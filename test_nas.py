@@ -1806,13 +1806,16 @@ def test_options_out_of_range(script, images, tmp_path, monkeypatch):
 @each_script
 def test_help_shows_the_defaults_of_the_data_set_and_needs_no_file(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for argv, sizes in (([], (8, 32)), (["--dataset", "cifar10"], (
-            (36, 96) if script is retrain else (16, 512)))):
+    papers = {ddp_nas: (16, 8, 32, 512, 0.025), mdenas: (16, 6, 32, 512, 0.025),
+              retrain: (36, 20, 32, 96, 0.025)}[script]
+    synthetic = (8, 5 if script is retrain else 3, 16, 32, 0.1)
+    for argv, expected in (([], synthetic), (["--dataset", "cifar10"], papers)):
         code, text, _ = run(script, [*argv, "--help"])
         text = " ".join(text.split())
         assert code == 0 and "default: runs/" in text and "default: data)" in text
-        assert f"C, the channels of the first cell (default: {sizes[0]})" in text
-        assert f"of all processes together (default: {sizes[1]})" in text
+        shown = [re.search(rf"--{name} .*?\(default: (.*?)\)", text)[1] for name in
+                 ("channels CH", "cells CE", "image-size PI", "batch-size BA", "lr LR")]
+        assert [float(value) for value in shown] == [*expected]
 
 @each_script
 def test_bad_folders_of_images(script, tmp_path):
