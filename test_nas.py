@@ -1811,9 +1811,9 @@ def test_help_shows_the_defaults_of_the_data_set_and_needs_no_file(script, tmp_p
     synthetic = (8, 5 if script is retrain else 3, 16, 32, 0.1)
     for argv, expected in (([], synthetic), (["--dataset", "cifar10"], papers)):
         code, text, _ = run(script, [*argv, "--help"])
-        text = " ".join(text.split())
+        text = " ".join(text.split("options:")[1].split())
         assert code == 0 and "default: runs/" in text and "default: data)" in text
-        shown = [re.search(rf"--{name} .*?\(default: (.*?)\)", text)[1] for name in
+        shown = [re.search(rf"--{name}.*?\(default: (.*?)\)", text)[1] for name in
                  ("channels CH", "cells CE", "image-size PI", "batch-size BA", "lr LR")]
         assert [float(value) for value in shown] == [*expected]
 
