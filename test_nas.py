@@ -1437,6 +1437,10 @@ def test_preprocessing_is_that_of_the_test(images, large_images, tmp_path):
         paths = sorted((folder / "val").rglob("*.png"))
         ours = torch.stack([preprocess(Image.open(path)) for path in paths])
         torch.testing.assert_close(ours, tested)
+    resized = Image.open(paths[0]).resize((82, 82), Image.Resampling.BILINEAR)  # 256 for 224
+    pixels = np.asarray(resized.crop((5, 5, 77, 77))) / 255
+    expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(ours[0].permute(1, 2, 0), expected, atol=1e-5)
     with pytest.raises(ValueError, match="8 bits"):
         preprocess(Image.fromarray(np.full((90, 90), 1000, np.uint16)))
 
