@@ -662,12 +662,13 @@ def open_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in args.out.iterdir()}
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
-    for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
-        if (args.out / name).exists() and not args.resume:
-            raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
-                            "let --resume go on with its run, or begin it again")
+    held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
+    if held and not args.resume:
+        raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
+                        "folder, or let --resume go on with its run or begin it again")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""

@@ -196,9 +196,11 @@ def parse_genotype(text):
     Raises a UserError that says what the search space does not hold.
     """
     try:
-        tree = ast.parse(text.strip()).body[0].value
+        (statement,) = ast.parse(text.strip()).body
+        tree = statement.value
         if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "Genotype":
-            fields = Genotype(**{field.arg: ast.unparse(field.value) for field in tree.keywords})
+            fields = Genotype(*map(ast.unparse, tree.args),
+                              **{field.arg: ast.unparse(field.value) for field in tree.keywords})
             concats = {fields.normal_concat, fields.reduce_concat}
             if not concats <= {"range(2, 6)", "[2, 3, 4, 5]"}:
                 raise UserError("a cell's output is made of all its nodes: concat is range(2, 6)")
@@ -214,7 +216,9 @@ def parse_genotype(text):
 
 def check_cell(nodes):
     """8 pairs (operation, source), or 4 nodes of two -> 8 pairs."""
-    pairs = [pair for node in nodes for pair in node] if len(nodes) == NUM_NODES else nodes
+    pairs = nodes
+    if len(nodes) == NUM_NODES:
+        pairs = [pair for first, second in nodes for pair in (first, second)]
     if len(pairs) != 2 * NUM_NODES:
         raise UserError(f"a cell has 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
     names = [name for name in OPS if name != "none"]
@@ -231,7 +235,7 @@ def check_blocks(blocks):
     if unknown or len(blocks) not in lengths:
         raise UserError(f"a chain has {' or '.join(map(str, lengths))} blocks, not {len(blocks)}, "
                         f"each (kernel, expansion) of {CANDIDATES}; unknown: {unknown}")
-    return [tuple(block) for block in blocks]
+    return [(int(kernel), int(expansion)) for kernel, expansion in blocks]
 
 def load_genotype(name):
     """What --genotype names -> Genotype or blocks, and its origin, settings of its search."""
@@ -250,7 +254,7 @@ def load_genotype(name):
 def read_genotype(path):
     """A genotype.json of a search, or any other file -> its genotype as text, and its origin."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith("{"):
             return text, {}
         found = json.loads(text)
@@ -259,9 +263,9 @@ def read_genotype(path):
             raise ValueError(f"unknown data set {origin['dataset']}")
         return str(found["genotype"]), origin
     except Exception as error:  # there is no such file, or one of anything
-        raise UserError(f"--genotype {path} cannot be read ({error!r}): run `python ddp_nas.py` "
-                        "first, or name another genotype.json, a genotype in the notation of "
-                        "DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
+        raise UserError(f"--genotype {path!r:.200} cannot be read ({error!r:.200}): run `python "
+                        "ddp_nas.py` first, or name another genotype.json, a genotype in the "
+                        "notation of DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
                         f"{', '.join(PUBLISHED)}") from None
 
 # ==== the networks ================================================================================
@@ -391,13 +395,14 @@ def load_network(path, device="cpu"):
 
 def read_weights(path):
     """A checkpoint of ours -> its state dict and settings; of others -> its state dict, {}."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     checkpoint = read_checkpoint(path)
     if "distribution" in checkpoint:
         raise UserError(f"{path} is the checkpoint of a search, not of a network to use")
-    if "network" in checkpoint and "settings" in checkpoint:
-        return checkpoint["network"], checkpoint["settings"]
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and settings.get("method") == METHOD:
+        return checkpoint["network"], settings
     for name in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(checkpoint.get(name), dict):
             return checkpoint[name], {}
@@ -545,8 +550,8 @@ def train(args):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.lr_decay)
-    settings = {**run_settings(args), "images": len(dataset), "classes": dataset.classes,
-                "operations": list(OPS)}
+    settings = {**run_settings(args), "images": len(dataset), "test_images": len(test_dataset),
+                "classes": dataset.classes, "operations": list(OPS)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule)
     log = load_checkpoint(args, settings, parts)
     parameters = count_parameters(network)
@@ -581,8 +586,8 @@ def test(args):
     weights, settings = read_weights(args.evaluate)
     dataset = open_images(args, train=False)
     if settings:
-        check_same({"classes": settings["classes"]}, {"classes": dataset.classes},
-                   f"in {args.evaluate}", f"in {args.data_dir}")
+        check_same({"genotype": args.genotype, "classes": dataset.classes}, settings,
+                   "in this command", f"in {args.evaluate}")
     auxiliary = any("aux" in str(name) for name in weights)
     network = open_network(args, len(dataset.classes), auxiliary)
     load_by_position(network, weights, args.evaluate)
@@ -882,12 +887,13 @@ def open_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in args.out.iterdir()}
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
-    for name in ("log.jsonl", "checkpoint.pt", "genotype.json"):
-        if (args.out / name).exists() and not args.resume:
-            raise UserError(f"{args.out / name} exists already: name another folder by --out, or "
-                            "let --resume go on with its run, or begin it again")
+    held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
+    if held and not args.resume:
+        raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
+                        "folder, or let --resume go on with its run or begin it again")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -1021,13 +1027,13 @@ def parse_args(argv):
     name, saved = getattr(given, "genotype", None), {}
     if given.evaluate:
         _, saved = read_weights(given.evaluate)
-        if not (name or saved):
+        if name is None and not saved:
             raise UserError(f"--evaluate {given.evaluate}: of which network? Add --genotype")
-    if saved and not name:  # a checkpoint of ours brings its genotype
+    if saved and name is None:  # a checkpoint of ours brings its genotype
         name, genotype, origin = given.evaluate, parse_genotype(saved["genotype"]), {}
     else:
-        needs_no_file = {"-h", "--help"} & set(rest)
-        name = name or ("random:0" if needs_no_file else "runs/ddp_nas/genotype.json")
+        if name is None:  # --help needs no file
+            name = "random:0" if {"-h", "--help"} & set(rest) else "runs/ddp_nas/genotype.json"
         genotype, origin = load_genotype(name)
     if saved:
         keys = ("dataset", "image_size", "channels", "cells", "seed")

@@ -1253,6 +1253,9 @@ def test_what_a_search_run_found_comes_back_as_the_same_network(script, runs):
     assert searched == {"dataset": "imagefolder", "image_size": 8}
 
 CELL = str(retrain.PUBLISHED["MDENAS"])
+NORMAL_CELL = retrain.PUBLISHED["MDENAS"].normal
+RAGGED = CELL.replace(str(NORMAL_CELL), str([NORMAL_CELL[:3], NORMAL_CELL[3:4], *nodes_of(
+    NORMAL_CELL)[2:]]))  # 3, 1, 2 and 2 pairs
 
 @pytest.mark.parametrize("text, words", [
     (CELL.replace("sep_conv_3x3', 0", "sep_conv_7x7', 0", 1), ["sep_conv_7x7", "sep_conv_5x5"]),
@@ -1270,6 +1273,7 @@ CELL = str(retrain.PUBLISHED["MDENAS"])
      ["neither"]),
     ("Genotype(normal=open('x'), normal_concat=[2, 3, 4, 5], reduce=1, reduce_concat=[2, 3, 4, 5])",
      ["neither"]),
+    (f"A = {CELL}\nB = {CELL}", ["neither"]), (RAGGED, ["neither"]),
     ("[" * 5000, ["neither"]), ("[(7, 6)]", ["14", "20", "not 1"]),
     (CHAIN.replace("(7, 6)", "(7, 2)"), ["(7, 2)", "(7, 3)"]), ("[5] * 14", ["neither"])])
 def test_text_that_is_no_genotype_of_the_space(text, words, tmp_path):
@@ -1430,7 +1434,7 @@ def test_preprocessing_is_that_of_the_test(images, large_images, tmp_path):
         tested = torch.cat([images for images, _ in batches])
         genotype = str(retrain.random_genotype(0))
         network = retrain.build_network(retrain.random_genotype(0), dataset, 2, 2, 3)
-        torch.save({"network": network.state_dict(), "settings": {
+        torch.save({"network": network.state_dict(), "settings": {"method": "retrain",
             "genotype": genotype, "dataset": dataset, "image_size": size, "channels": 2,
             "cells": 3, "classes": ["cats", "dogs"]}}, tmp_path / "checkpoint.pt")
         _, _, preprocess = retrain.load_network(tmp_path / "checkpoint.pt")
@@ -1741,6 +1745,7 @@ def test_resume_of_a_run_with_other_images_or_processes_is_refused(
     assert_refused(retrain, argv, begun, "classes", "cats", "wolves", begun / "checkpoint.pt")
     argv = ["--evaluate", begun / "checkpoint.pt", "--data-dir", other, "--device", "cpu"]
     assert_refused(retrain, argv, begun, "classes", "cats", "wolves")
+    assert_refused(retrain, [*argv, "--genotype", "random:1"], begun, "genotype is Genotype(")
     monkeypatch.setattr(retrain, "WORLD_SIZE", 2)
     for name in ("start_processes", "same_everywhere"):
         monkeypatch.setattr(retrain, name, lambda *args: None)
@@ -1779,7 +1784,7 @@ def test_damaged_checkpoint_of_a_run_is_refused_and_code_in_it_does_not_run(
 @each_script
 def test_a_folder_that_holds_a_run_is_refused(script, runs, images, tmp_path):
     for out in runs(script):
-        assert_refused(script, tiny(script, images, out), out, out / "log.jsonl", "--resume")
+        assert_refused(script, tiny(script, images, out), out, out, "log.jsonl", "--resume")
     (tmp_path / "file").write_text("something else")
     for out in ("file", "file/run"):
         assert_refused(script, tiny(script, images, tmp_path / out), tmp_path, tmp_path / "file")
@@ -1900,7 +1905,8 @@ def test_cifar_is_read_as_its_files_have_it(dataset, classes, tmp_path, monkeypa
 
 @pytest.mark.parametrize("argv, words", [
     ("", ["runs/ddp_nas/genotype.json", "python ddp_nas.py"]),
-    ("--genotype DDPNAS_9", ["DDPNAS_9", "DDPNAS_2"]), ("--genotype random:x", ["random:x"]),
+    ("--genotype=", ["--genotype ''"]), ("--genotype random:x", ["random:x"]),
+    ("--genotype DDPNAS_9", ["DDPNAS_9", "DDPNAS_2"]),
     ("--genotype random:0:tpu", ["random:0:tpu"]), ("--evaluate nowhere.pt", ["nowhere.pt"]),
     ("--genotype MDENAS_CPU --cells 5", ["--cells"]),
     ("--genotype MDENAS_CPU --large", ["--large"]),
