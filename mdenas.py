@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 METHOD = "mdenas"
-OPTIONS = {  # of the distribution: its default, what it means
+OPTIONS = {  # of the distribution: name -> (default, help)
     "epochs": (100, "number of search epochs"),
     "alpha": (0.01, "probability that one comparison moves")}
 PAPER = dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025)
@@ -86,7 +86,7 @@ class MultinomialDistribution:
     def state_dict(self):
         """Every attribute, the state of the random generator included; a checkpoint holds it.
 
-        A subclass keeps its own attributes to tensors, numbers, strings, lists and dicts.
+        The attributes of a subclass must be tensors, numbers, strings, lists or dicts.
         """
         return {**vars(self), "rng": self.rng.get_state()}
 
@@ -97,7 +97,7 @@ class MultinomialDistribution:
 
 def check_accuracy(accuracy):
     if not 0 <= accuracy <= 1:  # NaN fails this, too
-        raise ValueError(f"an accuracy lies between 0 and 1, not at {accuracy}")
+        raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
 
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
@@ -323,7 +323,7 @@ class MobileSupernet(nn.Module):
         super().__init__()
         norm = functools.partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
-        c_in = 40  # as the authors have
+        c_in = 40  # as in the authors' code
         self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
         self.blocks = nn.ModuleList()  # (14 or 20, 9)
         for c, stride in blocks:
@@ -491,7 +491,7 @@ def open_images(args, train):
 def shift_and_flip(images, g):
     """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
 
-    The generator g draws for the batch of all processes; this one uses the numbers of its share.
+    g draws numbers for the whole batch, the same in every process, which uses those of its share.
     """
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
@@ -507,7 +507,8 @@ def shift_and_flip(images, g):
 class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
-    dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
+    dataset: of open_images; index (N,): which of its images; batch_size: of all processes, each of
+    which gets its share.
     train: the images are shuffled and changed by augment(images, generator), and all batches are
     full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
     which are the same in every process.
@@ -557,8 +558,8 @@ def with_progress(loader, what):
 
 def check_batch_size(size, num_images):
     if size > num_images:
-        raise UserError(f"--batch-size {size} is larger than the {num_images} images for it (a "
-                        "search splits the training images into halves)")
+        raise UserError(f"--batch-size {size} exceeds the {num_images} images for it (a search "
+                        "splits the training images into halves)")
     if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
         raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
                         "processes, and give each of them at least 2 images")
@@ -587,17 +588,14 @@ def start_processes(args):
     same_everywhere(settings)
 
 def same_everywhere(facts):
-    """Raise a UserError in a process whose dict of facts is not that of process 0.
-
-    Machines may have been given other commands, other images or another folder.
-    """
+    """Raise a UserError on a machine that has other facts, a dict, than that of process 0."""
     first = [facts]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(first)
     check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise a UserError that names the first entry of ours that theirs lacks or has otherwise."""
+    """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
@@ -648,7 +646,7 @@ def open_out(args):
     held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or let --resume go on with its run or begin it again")
+                        "folder, or add --resume to continue its run, or to begin it again")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -660,9 +658,9 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, which --resume goes by.
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues.
 
-    It holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
+    checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
     """
     if RANK > 0:
         return
@@ -685,8 +683,8 @@ def read_checkpoint(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
-        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and texts, which "
-                        "could run code (save network.state_dict() alone)") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
+                        "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
     """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
@@ -702,7 +700,7 @@ def load_checkpoint(args, settings, parts):
         try:
             log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
         except OSError as error:
-            raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
+            raise UserError(f"{log_path} cannot be created: {error.strerror}") from None
     same_everywhere({"number of epochs in --out": len(log)})
     return log
 
@@ -721,7 +719,7 @@ def print_epoch(log, total_epochs, measured, num_images):
            f"{num_images / row['seconds']:.0f} images/s  {left} left")
 
 def print_distribution(probabilities, args):
-    """A row for each edge of probabilities (E, K): darker is closer to the row's best, x is 0."""
+    """A row for each edge of probabilities (E, K): denser is closer to the row's best, x is 0."""
     columns = [name[:3] + name[-1] if name[-1].isdigit() else name[:4] for name in OPS]
     rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
             for node in range(NUM_NODES) for source in range(2 + node)]
@@ -757,8 +755,8 @@ def write_results(args, settings, distribution, accuracy):
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
         write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
-    path = "all 28 edges, of which the cells keep 16" if args.space == "cell" else "this chain"
-    print0(f"{found}\nvalidation accuracy in the supernet of {path}: {accuracy:.2%}\n"
+    path = "all 28 edges, of which the cells keep 16," if args.space == "cell" else "this chain"
+    print0(f"{found}\nvalidation accuracy of {path} in the supernet: {accuracy:.2%}\n"
            f"written to {args.out / 'genotype.json'}, for retrain.py")
 
 # ==== arguments and main ==========================================================================
@@ -766,7 +764,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The docstring as it is, and every default."""
 
 def at_least(least, kind=int, below=math.inf):
-    """An argparse type: a number that is not below the least."""
+    """An argparse type: a number, at least the least and less than below."""
     def number(text):
         if not least <= kind(text) < below:  # NaN fails this, too
             raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
@@ -781,16 +779,17 @@ def add_arguments(parser, defaults, method):
         help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
              "retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the central square of an image that is used; up to 64, all stay in memory")
+        help="side of the square to which images are resized and cropped; up to 64, all of them "
+             "stay in memory")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0, below=2**32), default=0, help="of all that is random")
+    add("--seed", type=at_least(0, below=2**32), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
-        help="processes that read image files, for each process that trains")
+        help="worker processes that read images, for each training process")
     add("--out", type=Path, default=Path("runs") / method, help="folder for the results")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("-h", "--help", action="help", help="show this help")
@@ -805,7 +804,8 @@ def parse_args(argv, options, method):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
                                      add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", choices=DEFAULTS, default="synthetic", help="decides on other defaults")
+    add("--dataset", choices=DEFAULTS, default="synthetic",
+        help="data set; sets the defaults of other options, too")
     defaults = DEFAULTS[parser.parse_known_args(argv)[0].dataset]
     add("--space", choices=("cell", "mobile"), default=defaults["space"], help="search space")
     space = parser.parse_known_args(argv)[0].space
@@ -854,7 +854,7 @@ def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS,
 
     options: name -> (default, help) of what the constructor of distribution_class takes, besides
     num_edges, num_ops and seed. A default is a bool, a string or a number; numbers that are given
-    must not be negative. method: the name of the results' folder.
+    must not be negative. method: its name in the settings, and that of the results' folder.
     """
     def run():
         args = parse_args(argv, options, method)

@@ -29,11 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 METHOD = "retrain"
-# The recipes. lr_decay: "cosine" to 0, or a factor an epoch; norm_decay: the weight decay of
+# The recipes. lr_decay: "cosine" to 0, or a factor per epoch; norm_decay: the weight decay of
 # BatchNorms; clip: the largest norm of a gradient; smoothing: of the labels; auxiliary: the weight
-# of the auxiliary head's loss; drop_path: its probability, reached in the last epoch; cutout: the
-# side of its square / the side of the image. image_size, channels and cells: the size of the
-# images, and of a network of cells.
+# of the auxiliary head's loss; drop_path: its probability in the end; cutout: the side of its
+# square / the side of the image. image_size, channels and cells: the size of the images, and of a
+# network of cells.
 CIFAR = dict(image_size=32, channels=36, cells=20, epochs=600, batch_size=96, lr=0.025,
              lr_decay="cosine", weight_decay=3e-4, norm_decay=3e-4, clip=5.0, smoothing=0.0,
              auxiliary=0.4, drop_path=0.2, cutout=0.5)
@@ -224,8 +224,8 @@ def check_cell(nodes):
     names = [name for name in OPS if name != "none"]
     for i, (operation, source) in enumerate(pairs):
         if operation not in names or source not in range(2 + i // 2):
-            raise UserError(f"({operation}, {source}) is no edge of node {2 + i // 2}: operations "
-                            f"are {', '.join(names)}, sources 0 to {1 + i // 2}")
+            raise UserError(f"({operation}, {source}) is not a valid edge of node {2 + i // 2}: "
+                            f"operations are {', '.join(names)}, sources 0 to {1 + i // 2}")
     return [(operation, int(source)) for operation, source in pairs]
 
 def check_blocks(blocks):
@@ -238,7 +238,7 @@ def check_blocks(blocks):
     return [(int(kernel), int(expansion)) for kernel, expansion in blocks]
 
 def load_genotype(name):
-    """What --genotype names -> Genotype or blocks, and its origin, settings of its search."""
+    """What --genotype names -> Genotype or blocks, and its origin: a data set, as settings."""
     drawn = re.fullmatch(r"random:(\d+)(?::(gpu|cpu))?", name)
     if drawn:
         return random_genotype(int(drawn[1]), drawn[2]), {}
@@ -262,7 +262,7 @@ def read_genotype(path):
         if origin["dataset"] not in DEFAULTS:
             raise ValueError(f"unknown data set {origin['dataset']}")
         return str(found["genotype"]), origin
-    except Exception as error:  # there is no such file, or one of anything
+    except Exception as error:  # a missing file, or one with any other content
         raise UserError(f"--genotype {path!r:.200} cannot be read ({error!r:.200}): run `python "
                         "ddp_nas.py` first, or name another genotype.json, a genotype in the "
                         "notation of DARTS, random:SEED, random:SEED:gpu or :cpu, or one of "
@@ -337,7 +337,7 @@ class CellNetwork(nn.Module):
         if auxiliary:  # on the second reduction cell, which has the width of the last
             self.auxiliary = auxiliary_head(c_prev, num_classes, imagenet, norm)
         self.linear = nn.Linear(c_prev, num_classes)
-        self.drop_path = None  # or a tensor: for each new float, torch.compile would start again
+        self.drop_path = None  # or a tensor: torch.compile would recompile for each new float
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); in training, those of the head, too."""
@@ -358,7 +358,7 @@ def mobile_network(genotype, num_classes):
     for (c, stride), (kernel, expansion) in zip(blocks, genotype):
         layers.append(MBConv(c_in, c, stride, kernel, expansion, norm))
         c_in = c
-    return nn.Sequential(  # no dropout before the last layer: its rate is not given
+    return nn.Sequential(  # no dropout before the last layer: the papers give no rate
         *layers, conv_bn_relu6(c_in, head, 1, norm_layer=norm), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(head, num_classes))
 
@@ -444,7 +444,7 @@ def augmentation(args, dataset):
 class RandomCrops(Dataset):
     """The images of an ImageFolder with ImageNet's random crops, flips and colours.
 
-    What is random follows from `seed`, which is set for every epoch, and the index of an image.
+    What is random depends on `seed`, which is set for every epoch, and the index of an image.
     """
     def __init__(self, folder, size):
         self.folder, self.classes, self.seed = folder, folder.classes, 0
@@ -492,7 +492,7 @@ def train_epoch(network, optimizer, batches, args):
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
-    # Of BatchNorm's running statistics, each process has seen its share.
+    # Each process has updated BatchNorm's running statistics with its own share.
     average_over_processes([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     return finite_mean(totals, len(batches))
 
@@ -563,7 +563,7 @@ def train(args):
 
     for epoch in range(len(log), args.epochs):
         start = time.perf_counter()
-        # For cutout, drop-path and AutoAugment; other seeds than those of the shuffle.
+        # For cutout, drop-path and AutoAugment; never the seed of a shuffle.
         torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
         batches.epoch = epoch
         if isinstance(dataset, RandomCrops):
@@ -738,7 +738,7 @@ def open_images(args, train):
 def shift_and_flip(images, g):
     """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
 
-    The generator g draws for the batch of all processes; this one uses the numbers of its share.
+    g draws numbers for the whole batch, the same in every process, which uses those of its share.
     """
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
@@ -754,7 +754,8 @@ def shift_and_flip(images, g):
 class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
-    dataset: of open_images; index (N,): which of its images. A process gets its share of a batch.
+    dataset: of open_images; index (N,): which of its images; batch_size: of all processes, each of
+    which gets its share.
     train: the images are shuffled and changed by augment(images, generator), and all batches are
     full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
     which are the same in every process.
@@ -804,8 +805,8 @@ def with_progress(loader, what):
 
 def check_batch_size(size, num_images):
     if size > num_images:
-        raise UserError(f"--batch-size {size} is larger than the {num_images} images for it (a "
-                        "search splits the training images into halves)")
+        raise UserError(f"--batch-size {size} exceeds the {num_images} images for it (a search "
+                        "splits the training images into halves)")
     if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
         raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
                         "processes, and give each of them at least 2 images")
@@ -834,17 +835,14 @@ def start_processes(args):
     same_everywhere(settings)
 
 def same_everywhere(facts):
-    """Raise a UserError in a process whose dict of facts is not that of process 0.
-
-    Machines may have been given other commands, other images or another folder.
-    """
+    """Raise a UserError on a machine that has other facts, a dict, than that of process 0."""
     first = [facts]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(first)
     check_same(facts, first[0], f"in process {RANK}", "in process 0")
 
 def check_same(ours, theirs, here, there):
-    """Raise a UserError that names the first entry of ours that theirs lacks or has otherwise."""
+    """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
@@ -893,7 +891,7 @@ def open_out(args):
     held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or let --resume go on with its run or begin it again")
+                        "folder, or add --resume to continue its run, or to begin it again")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -905,9 +903,9 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, which --resume goes by.
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues.
 
-    It holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
+    checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
     """
     if RANK > 0:
         return
@@ -930,8 +928,8 @@ def read_checkpoint(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
-        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and texts, which "
-                        "could run code (save network.state_dict() alone)") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
+                        "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
     """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
@@ -947,7 +945,7 @@ def load_checkpoint(args, settings, parts):
         try:
             log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
         except OSError as error:
-            raise UserError(f"{log_path} cannot be made: {error.strerror}") from None
+            raise UserError(f"{log_path} cannot be created: {error.strerror}") from None
     same_everywhere({"number of epochs in --out": len(log)})
     return log
 
@@ -970,7 +968,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The docstring as it is, and every default."""
 
 def at_least(least, kind=int, below=math.inf):
-    """An argparse type: a number that is not below the least."""
+    """An argparse type: a number, at least the least and less than below."""
     def number(text):
         if not least <= kind(text) < below:  # NaN fails this, too
             raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
@@ -985,16 +983,17 @@ def add_arguments(parser, defaults, method):
         help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
              "retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the central square of an image that is used; up to 64, all stay in memory")
+        help="side of the square to which images are resized and cropped; up to 64, all of them "
+             "stay in memory")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0, below=2**32), default=0, help="of all that is random")
+    add("--seed", type=at_least(0, below=2**32), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),
-        help="processes that read image files, for each process that trains")
+        help="worker processes that read images, for each training process")
     add("--out", type=Path, default=Path("runs") / method, help="folder for the results")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("-h", "--help", action="help", help="show this help")
@@ -1024,7 +1023,8 @@ def parse_args(argv):
                          help="test a checkpoint of ours, or weights of others")
 
     given, rest = parser.parse_known_args(argv)  # the other defaults depend on these
-    name, saved = getattr(given, "genotype", None), {}
+    name = getattr(given, "genotype", None)
+    saved = {}  # the settings of a checkpoint of ours
     if given.evaluate:
         _, saved = read_weights(given.evaluate)
         if name is None and not saved:

@@ -1033,8 +1033,8 @@ def test_what_a_search_run_prints(script, runs, images):
         assert [table.count(" x") for table in tables] == [28 * k for k in range(1, 8)]
     found, accuracy, last = text.splitlines()[-3:]
     assert found == json.loads((out / "genotype.json").read_text())["genotype"]
-    assert re.fullmatch(r"validation accuracy in the supernet of all 28 edges, of which the cells "
-                        r"keep 16: [\d.]+%", accuracy)
+    assert re.fullmatch(r"validation accuracy of all 28 edges, of which the cells keep 16, in the "
+                        r"supernet: [\d.]+%", accuracy)
     assert str(out / "genotype.json") in last
 
 @each_script
