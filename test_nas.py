@@ -1420,7 +1420,7 @@ def test_readme_classifies_with_the_network_of_a_run_and_exports_it(
     exec(USE, {})
     shown = re.fullmatch(r"(cats|dogs): (\d+\.\d)%\n", capsys.readouterr().out)
     assert shown[1] == classes[logits[0].argmax()]
-    if torch.__version__.startswith("2.4."):
+    if name == "random:0:cpu" and torch.__version__.startswith("2.4."):
         pytest.skip("this torch cannot load what it has exported of a chain of blocks")
     exported = torch.export.load("network.pt2").module()
     for count in (1, 2, 5):
