@@ -55,7 +55,6 @@ MAY_DIFFER = (  # between a run and its --resume
 
 # ==== operations ==================================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
-NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
 
 class Zero(nn.Module):
     def __init__(self, stride):
