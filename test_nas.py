@@ -100,13 +100,10 @@ def test_distribution_visits_every_alive_operation_and_prunes_by_theta(
     for (theta, alive, probabilities, best), (right_theta, right_alive) in zip(
             found, by_hand, strict=True):
         np.testing.assert_allclose(theta, right_theta, rtol=1e-10)
-        for edge in range(num_edges):
-            is_alive = [op in right_alive[edge] for op in range(num_ops)]
-            assert alive[edge] == is_alive
-            kept = [value * is_kept for value, is_kept in zip(right_theta[edge], is_alive)]
-            shares = [value / sum(kept) for value in kept]
-            np.testing.assert_allclose(probabilities[edge], shares, rtol=1e-10)
-            assert best[edge] == kept.index(max(kept))
+        assert [set(np.flatnonzero(row)) for row in alive] == right_alive
+        kept = np.multiply(right_theta, alive)
+        np.testing.assert_allclose(probabilities, kept / kept.sum(1, keepdims=True), rtol=1e-10)
+        assert best == kept.argmax(1).tolist()
 
 def test_distribution_draws_every_order_on_every_edge_equally_often():
     distribution = ddp_nas.DynamicDistribution(2, 3, passes=1000, seed=1)
@@ -378,7 +375,10 @@ BACKBONES = {  # (output channels, stride) of every block, width of the head
              *4 * [(104, 1)], (216, 2), *3 * [(216, 1)], (360, 1)], 1432)}
 
 class Weights:
-    """The tensors of a network, handed out one by one: they stand in the order of their use."""
+    """The tensors of a network, handed out one by one.
+
+    They stand in the order of their use, which is that of the authors' released weights.
+    """
     def __init__(self, tensors, supernet, training, eps):
         self.tensors = iter(tensors)
         self.supernet, self.training, self.eps = supernet, training, eps
@@ -565,28 +565,6 @@ def test_parameters_are_those_of_the_published_networks(name, dataset, channels,
                                         auxiliary=auxiliary)
     assert count_weights(network) == count
     assert (retrain.count_parameters(network) < count) == auxiliary
-
-# The state dicts of the authors' weight files: the number of entries, and weights by position:
-# stems, preprocessing, edges, factorised reductions, auxiliary head, last layer.
-@pytest.mark.parametrize("name, dataset, num_classes, count, some", [
-    ("MDENAS", "cifar10", 10, 1876, {
-        0: (108, 3, 3, 3), 6: (36, 108, 1, 1), 18: (36, 1, 5, 5), 601: (36, 72, 1, 1),
-        602: (36, 72, 1, 1), 650: (36, 144, 1, 1), 1860: (128, 576, 1, 1), 1866: (768, 128, 2, 2),
-        1874: (10, 576)}),
-    ("DDPNAS_IMAGENET", "imagenet", 1000, 1161, {
-        0: (24, 3, 3, 3), 6: (48, 24, 3, 3), 12: (48, 48, 3, 3), 18: (24, 48, 1, 1),
-        19: (24, 48, 1, 1), 25: (48, 48, 1, 1), 90: (48, 1, 3, 3), 1159: (1000, 768)}),
-    ("DDPNAS_GPU", "imagenet", 1000, 254, {12: (240, 1, 7, 7), 252: (1000, 1728)}),
-    ("MDENAS_CPU", "imagenet", 1000, 350, {12: (120, 1, 5, 5), 348: (1000, 1432)})])
-def test_networks_are_laid_out_as_the_released_weights(name, dataset, num_classes, count, some):
-    with torch.device("meta"):
-        network = retrain.build_network(retrain.PUBLISHED[name], dataset, num_classes,
-                                        auxiliary=dataset == "cifar10")
-    entries = list(network.state_dict().items())
-    assert len(entries) == count
-    for position, shape in some.items():
-        key, tensor = entries[position]
-        assert key.endswith("weight") and tensor.shape == shape, position
 
 def test_the_imagenet_network_takes_a_step_at_its_own_size():
     """With strided 1x1 convs in the factorised reduction, torch 2.14 on a CPU dies here."""
@@ -793,16 +771,16 @@ MOBILE = dict(channels=None, cells=None, epochs=120, batch_size=1024, lr=0.4, lr
     ("MDENAS --dataset imagefolder --image-size 28", {**CIFAR, "auxiliary": 0}),
     ("MDENAS --summary", {**CIFAR, "batch_size": 1})])
 def test_recipes_are_those_of_the_papers(argv, expected):
-    args = parse(retrain, "--device", "cpu", "--genotype", *argv.split())
+    args = parse(retrain, "--genotype", *argv.split())
     assert {name: getattr(args, name) for name in expected} == expected
 
 @pytest.mark.parametrize("script, cells, lr_min", [(ddp_nas, 8, 0.001), (mdenas, 6, 0)])
 def test_settings_of_a_search_are_those_of_the_papers(script, cells, lr_min):
-    args = parse(script, "--dataset", "cifar10", "--device", "cpu")
+    args = parse(script, "--dataset", "cifar10")
     assert (args.channels, args.cells, args.image_size) == (16, cells, 32)
     assert (args.batch_size, args.lr, script.LR_MIN) == (512, 0.025, lr_min)
     assert (script.MOMENTUM, script.WEIGHT_DECAY, script.CLIP) == (0.9, 3e-4, 5)
-    assert parse(script, "--dataset", "imagenet", "--device", "cpu").space == "mobile"
+    assert parse(script, "--dataset", "imagenet").space == "mobile"
     options = {name: default for name, (default, _) in script.OPTIONS.items()}
     assert options == ({"passes": 3} if script is ddp_nas else {"epochs": 100, "alpha": 0.01})
 
@@ -1112,24 +1090,17 @@ def read_genotype(out):
     text = json.loads((out / "genotype.json").read_text())["genotype"]
     return eval(text, {"Genotype": ddp_nas.Genotype, "range": range, "__builtins__": {}})
 
-def check_scores(script, out, num_edges, num_ops):
-    """The scores in checkpoint.pt follow from log.jsonl -> the best operations, the scores."""
-    log, state = read_log(out), load(out / "checkpoint.pt")["distribution"]
+def learn_again(script, out, num_edges, num_ops):
+    """The distribution, after it has learned what log.jsonl says; checkpoint.pt holds the same."""
     if script is ddp_nas:
-        history = [(row["sample"], row["accuracy"]) for row in log]
-        theta, alive = prune_by_hand(history, num_edges, num_ops, passes=1)[-1]
-        np.testing.assert_allclose(state["theta"], theta, rtol=1e-10)
-        return [max(ops) for ops in alive], state["theta"]  # one operation is left on each
-    p = [[1 / num_ops] * num_ops for _ in range(num_edges)]
-    for edge in range(num_edges):
-        epochs, accuracies = [0] * num_ops, [0] * num_ops
-        for row in log:
-            op = row["sample"][edge]
-            epochs[op] += 1
-            accuracies[op] = row["accuracy"]
-            p[edge] = transfer_by_hand(p[edge], epochs, accuracies, alpha=0.01)
-    np.testing.assert_allclose(state["probabilities"], p, atol=1e-12)
-    return [row.index(max(row)) for row in state["probabilities"].tolist()], state["probabilities"]
+        distribution = ddp_nas.DynamicDistribution(num_edges, num_ops, passes=1)
+    else:
+        distribution = mdenas.MultinomialDistribution(num_edges, num_ops, epochs=12)
+    for row in read_log(out):
+        assert distribution.sample() == row["sample"]
+        distribution.record(row["sample"], row["accuracy"])
+    assert same(load(out / "checkpoint.pt")["distribution"], distribution.state_dict())
+    return distribution
 
 @whole_run
 @each_search
@@ -1141,8 +1112,8 @@ def test_a_search_from_end_to_end(script, finished):
     assert [row["epoch"] for row in log] == list(range(1, num_epochs + 1))
     assert all(row["accuracy"] in [right / 18 for right in range(19)] for row in log)
     assert all(0 <= row["loss"] < 99 for row in log)
-    best, scores = check_scores(script, out, 28, 8)
-    assert_derived(genotype, best, scores)
+    distribution = learn_again(script, out, 28, 8)
+    assert_derived(genotype, distribution.best(), distribution.scores)
     results = json.loads((out / "genotype.json").read_text())
     assert results["settings"]["method"] == script.METHOD
     graphs = re.findall(r"```mermaid\n(.*?)```", (out / "cell.md").read_text(), re.S)
@@ -1170,7 +1141,7 @@ def test_a_search_of_blocks_and_the_summary_of_what_it_found(
         script, short_backbone, images, tmp_path):
     out = tmp_path / "run"
     finish(script, tiny(script, images, out, space="mobile"))
-    best, _ = check_scores(script, out, 3, 9)
+    best = learn_again(script, out, 3, 9).best()
     assert len(read_log(out)) == (44 if script is ddp_nas else 12)
     blocks = read_genotype(out)
     assert blocks == [PAIRS[op] for op in best]
@@ -1278,7 +1249,7 @@ def test_what_a_search_found_comes_back_with_its_data_set(script, finished):
     for more, expected in (([], ("imagefolder", 8)), (["--image-size", 12], ("imagefolder", 12)),
                            (["--dataset", "cifar100"], ("cifar100", 32)),
                            (["--dataset", "synthetic"], ("synthetic", 16))):
-        args = parse(retrain, "--genotype", path, "--device", "cpu", *more)
+        args = parse(retrain, "--genotype", path, *more)
         assert (args.dataset, args.image_size) == expected
 
 @whole_run
@@ -1427,17 +1398,6 @@ def test_readme_classifies_with_a_trained_network_and_exports_it(
         torch.testing.assert_close(exported(inputs[:count]), logits[:count], rtol=1e-4, atol=1e-5)
 
 # ==== several processes ===========================================================================
-def test_a_step_sends_one_message_whatever_the_number_of_weights(monkeypatch):
-    messages = []
-    monkeypatch.setattr(retrain, "WORLD_SIZE", 2)
-    monkeypatch.setattr(retrain.dist, "all_reduce", lambda flat: messages.append(flat.numel()))
-    batches = 3 * [(torch.randn(4, 3, 32, 32), torch.arange(4))]
-    args = Namespace(smoothing=0, auxiliary=0.4, cutout=0, clip=5)
-    network = retrain.CellNetwork(retrain.random_genotype(0), 2, 3, 4, False, False)
-    retrain.train_epoch(network, torch.optim.SGD(network.parameters(), 0.1), batches, args)
-    norms = sum(buffer.numel() for buffer in network.buffers() if buffer.dim())
-    assert messages == [*3 * [count_weights(network)], norms, 2]  # the loss and the norm come last
-
 class Linear(nn.Linear):
     """A network without BatchNorm."""
     def __init__(self):
@@ -1645,7 +1605,7 @@ def test_how_an_error_ends_a_run(error, code, line, images, tmp_path, monkeypatc
 def test_a_terminal_that_lacks_a_character_stops_no_run(images, tmp_path):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with contextlib.redirect_stdout(terminal):
-        argv = tiny(mdenas, images, tmp_path / "s_größe")
+        argv = tiny(mdenas, images, tmp_path / "s_größe", "--device", "cpu")
         assert mdenas.main([str(arg) for arg in argv]) == 0
     terminal.seek(0)
     assert "###" in terminal.read()
@@ -1807,7 +1767,7 @@ CELL = str(retrain.PUBLISHED["MDENAS"])
 def test_text_that_is_no_genotype_of_the_space(text, words, tmp_path):
     (tmp_path / "found.txt").write_text(text)
     for source in (text, tmp_path / "found.txt"):
-        argv = ["--device", "cpu", "--out", tmp_path / "run", "--genotype", source]
+        argv = ["--genotype", source, "--out", tmp_path / "run"]
         assert_refused(retrain, argv, tmp_path, *words)
 
 @pytest.mark.parametrize("argv, words", [
@@ -1820,7 +1780,7 @@ def test_text_that_is_no_genotype_of_the_space(text, words, tmp_path):
     ("--genotype DDPNAS_IMAGENET --image-size 40", ["--image-size"])])
 def test_missing_genotype_and_options_that_do_not_fit_it(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(retrain, [*argv.split()], tmp_path, *words)
+    assert_refused(retrain, argv.split(), tmp_path, *words)
 
 # ==== the texts of the scripts ====================================================================
 TEXTS = {script: (HERE / f"{script.METHOD}.py").read_text(encoding="utf-8") for script in SCRIPTS}
@@ -1885,7 +1845,7 @@ BENCHMARK, COURSEWORK, USE, RANDOM_SEARCH, OPERATION = BLOCKS
 
 def run_program(text, argv, monkeypatch):
     """A program of README, with the arguments of its command line, to its end."""
-    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["program.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         exec(text, {"__name__": "__main__"})
     assert stop.value.code == 0
@@ -1894,27 +1854,10 @@ def run_program(text, argv, monkeypatch):
 def test_readme_runs_random_search(tmp_path, monkeypatch):
     skip_training(mdenas, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    options = "--epochs 8 --channels 2 --image-size 8 --batch-size 96 --device cpu"
+    options = "--epochs 8 --channels 2 --image-size 8 --batch-size 96"
     run_program(RANDOM_SEARCH, options.split(), monkeypatch)
     samples = [tuple(row["sample"]) for row in read_log(tmp_path / "runs" / "random_search")]
     assert len(set(samples)) == len(samples) == 8
-
-def test_readme_random_search_keeps_random_edges_of_the_best_path():
-    block, kept = {"__name__": "block"}, Counter()
-    exec(RANDOM_SEARCH, block)
-    for seed in range(600):
-        search = block["RandomSearch"](28, 8, epochs=2, seed=seed)
-        first, second = search.sample(), search.sample()
-        search.record(first, 0.4)
-        search.record(second, 0.3)
-        assert search.best() == first != second
-        for node in nodes_of(mdenas.derive_cells(search.best(), search.scores).normal):
-            kept[tuple(source for _, source in node)] += 1
-    sources = itertools.combinations(range(5), 2)
-    expected = {pair: sum(600 / math.comb(n, 2) for n in (2, 3, 4, 5) if max(pair) < n)
-                for pair in sources}  # n nodes come before each
-    assert kept.keys() == expected.keys()
-    assert as_expected([kept[pair] for pair in expected], list(expected.values()))
 
 @whole_run
 def test_readme_searches_and_trains_with_an_operation_of_your_own(
@@ -1964,8 +1907,6 @@ def test_readme_coursework_prints_the_regret_of_both_methods(capsys):
     shown = re.findall(r"^(\w+) [\d.]+ ± [\d.]+$", capsys.readouterr().out, re.M)
     assert shown == ["DynamicDistribution", "MultinomialDistribution"]
 
-UNCHANGED = {ddp_nas: 0.449, mdenas: 0.898}
-
 @pytest.mark.parametrize("script, old, new, answer", [
     (ddp_nas, "passes=3", "passes=3", 0.449), (mdenas, "alpha=0.01", "alpha=0.01", 0.898),
     (ddp_nas, "passes=3", "passes=1", 0.634), (ddp_nas, "passes=3", "passes=9", 0.241),
@@ -1973,20 +1914,21 @@ UNCHANGED = {ddp_nas: 0.449, mdenas: 0.898}
     (ddp_nas, "(100 * self", "(10 * self", 0.384), (ddp_nas, "(100 * self", "(1000 * self", 0.510),
     (mdenas, "wins = (dE < 0) & (dA > 0)", "wins = (dA > 0)", 0.519)])
 def test_readme_answers_to_the_coursework(script, old, new, answer):
-    """60 of the 200 seeds, so that each answer is nearer than the unchanged code could come."""
+    """With 60 of the 200 seeds; the unchanged code is twice as far away as what is allowed here."""
     assert f"{answer:.3f}" in README
     module = import_changed(script, old, new)
     method = module.DynamicDistribution if script is ddp_nas else module.MultinomialDistribution
     block = {"print": lambda *args: None}
     exec(COURSEWORK.replace("200", "3"), block)
     regrets = [block["regret"](method(28, 8, seed=1000 + seed), seed) for seed in range(60)]
-    tolerance = abs(answer - UNCHANGED[script]) / 2 or 0.028
+    unchanged = 0.449 if script is ddp_nas else 0.898
+    tolerance = 0.028 if old == new else abs(answer - unchanged) / 2
     assert abs(np.mean(regrets) - answer) < tolerance
 
 # ==== the selections that the top of this file names ==============================================
 THIS_TEXT = Path(__file__).read_text(encoding="utf-8")
-RUNNING = {"main", "call_main", "run_program", "subprocess"}  # what uses these searches or trains,
-NOT_RUNNING = {"show", "refusal", "select"}                   # but not what uses them through these
+RUNNING = {"main", "call_main", "finish", "run_program", "subprocess"}  # who uses one searches or
+NOT_RUNNING = {"refusal", "select"}  # trains, but for these, and for `show`, another name of finish
 
 def functions_here():
     """Every function of this file -> the names in it: variables, attributes and fixtures."""
