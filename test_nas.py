@@ -268,10 +268,10 @@ def derive_by_hand(best, scores):
                 names.append(OPS[op])
                 strengths.append(row[op])
                 edge += 1
-            def strength(sources):  # among equals the later nodes
-                one, other = sources
-                return strengths[one] + strengths[other], sources
-            one, other = max(itertools.combinations(range(num_sources), 2), key=strength)
+            def rank(sources):  # by the weaker edge, then the stronger; of equals the later nodes
+                weaker, stronger = sorted(strengths[source] for source in sources)
+                return weaker, stronger, sources
+            one, other = max(itertools.combinations(range(num_sources), 2), key=rank)
             pairs += [(names[one], one), (names[other], other)]
         cells.append(pairs)
     return cells
@@ -855,21 +855,20 @@ def test_cifar_is_read_as_its_files_have_it(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     draw, contents = np.random.default_rng(0), {}
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
-                 "test_batch"):
+    training_batches = [f"data_batch_{i}" for i in range(1, 6)]
+    for name in (*training_batches, "test_batch"):
         contents[name] = {"data": draw.integers(256, size=(20, 3072), dtype=np.uint8),
                           "labels": draw.integers(10, size=20).tolist()}
     contents["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
     for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
     args = settings(dataset="cifar10", data_dir=tmp_path, image_size=32)
-    for train, part in ((True, "data_batch"), (False, "test_batch")):
+    for train, names in ((True, training_batches), (False, ["test_batch"])):
         opened = retrain.open_images(args, train)
-        parts = [content for name, content in contents.items() if name.startswith(part)]
-        pixels = np.concatenate([content["data"] for content in parts])
+        pixels = np.concatenate([contents[name]["data"] for name in names])
         assert opened.classes == contents["batches.meta"]["label_names"]
         assert (opened.tensors[0].flatten(1).numpy() == pixels).all()
-        assert opened.tensors[1].tolist() == sum([content["labels"] for content in parts], [])
+        assert opened.tensors[1].tolist() == sum([contents[name]["labels"] for name in names], [])
 
 @pytest.mark.parametrize("dataset, mean, std", [
     ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -1926,45 +1925,36 @@ def test_readme_answers_to_the_coursework(script, old, new, answer):
     assert abs(np.mean(regrets) - answer) < tolerance
 
 # ==== the selections that the top of this file names ==============================================
-THIS_TEXT = Path(__file__).read_text(encoding="utf-8")
-RUNNING = {"main", "call_main", "finish", "run_program", "subprocess"}  # who uses one searches or
-NOT_RUNNING = {"refusal", "select"}  # trains, but for these, and for `show`, another name of finish
-
-def functions_here():
-    """Every function of this file -> the names in it: variables, attributes and fixtures."""
-    found = {}
-    for function in ast.parse(THIS_TEXT).body:
-        if isinstance(function, ast.FunctionDef):
-            found[function.name] = {getattr(node, kind, None) for node in ast.walk(function)
-                                    for kind in ("id", "attr", "arg")}
-    return found
-
-class Names:
+class Selected:
     """A plugin of pytest that keeps the names of the selected tests."""
     def pytest_collection_finish(self, session):
-        self.selected = {item.originalname for item in session.items}
+        self.names = {item.originalname for item in session.items}
 
 def select(expression):
     """The names of the tests here that pytest -k selects."""
-    names = Names()
-    pytest.main(["--collect-only", "-p", "no:cacheprovider", "-k", expression, __file__], [names])
-    return names.selected
+    selected = Selected()
+    pytest.main(["--collect-only", "-p", "no:cacheprovider", "-k", expression, __file__],
+                plugins=[selected])
+    return selected.names
 
 def test_the_documented_selections_hold_what_they_say():
     """Against the functions that the tests use, and against the chapters of this file."""
-    functions, running = functions_here(), set()
-    while True:
-        more = {name for name in functions if functions[name] & (running | RUNNING)} - NOT_RUNNING
-        if more == running:
-            break
-        running = more  # the helpers and fixtures, then what uses them
-    tests = {name for name in functions if name.startswith("test_")}
+    text = Path(__file__).read_text(encoding="utf-8")
+    names_in = {}  # each function here -> its variables, attributes and fixtures
+    for function in ast.parse(text).body:
+        if isinstance(function, ast.FunctionDef):
+            names_in[function.name] = {getattr(node, kind, None) for node in ast.walk(function)
+                                       for kind in ("id", "attr", "arg")}
+    running = {"main", "call_main", "finish", "run_program", "subprocess"}
+    for _ in names_in:  # what uses a helper or a fixture that runs, runs, but for these two
+        running |= {name for name in names_in if names_in[name] & running} - {"refusal", "select"}
+    tests = {name for name in names_in if name.startswith("test_")}
     assert len(tests & running) > 30
     assert '-k "not whole_run" ' in __doc__
     assert select("not whole_run") == tests - running
 
     of_distributions = set()
-    for chapter in THIS_TEXT.split("\n# ==== ")[1:]:
+    for chapter in text.split("\n# ==== ")[1:]:
         if "distribution" in chapter.splitlines()[0]:
             of_distributions.update(re.findall(r"^def (test_\w+)", chapter, re.M))
     assert len(of_distributions) > 5 and not of_distributions & running
