@@ -603,7 +603,7 @@ def test_random_genotypes_are_repeatable_and_uniform():
 OPERATION_OF = {"max": "max_pool_3x3", "avg": "avg_pool_3x3", "skip": "skip_connect",
                 "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "dil3": "dil_conv_3x3",
                 "dil5": "dil_conv_5x5"}
-PAPERS = {  # operations and sources of the normal and of the reduction cell; kernel,expansion
+PAPER_CELLS = {  # the normal and the reduction cell, two operations with their sources a node
     "MDENAS": ("sep5 1 sep3 0  skip 0 sep5 1  sep5 3 sep3 1  dil5 3 max 4",
                "max 0 sep5 1  skip 0 skip 1  sep3 3 skip 2  dil3 3 sep5 0"),
     "DDPNAS_IMAGENET": ("sep5 1 max 0  dil3 0 sep3 1  sep3 0 max 3  dil3 2 avg 0",
@@ -614,34 +614,40 @@ PAPERS = {  # operations and sources of the normal and of the reduction cell; ke
                  "max 0 sep3 1  sep3 2 avg 0  avg 0 dil3 1  sep3 0 max 4"),
     "DARTS_V2": ("sep3 0 sep3 1  sep3 0 sep3 1  sep3 1 skip 0  skip 0 dil3 2",
                  "max 0 max 1  skip 2 max 1  max 0 skip 2  skip 2 max 1"),
+}
+PAPER_CHAINS = {  # kernel and expansion of every block
     "DDPNAS_GPU": "7,6 7,3 5,6 7,1 3,6 7,6 5,1 5,3 5,6 7,6 7,6 5,3 7,6 5,6",
     "MDENAS_GPU": "7,6 5,6 7,3 3,6 5,6 3,1 7,3 7,6 3,3 3,6 7,3 3,3 3,3 5,6",
     "MDENAS_CPU": "5,3 7,1 3,6 5,3 5,3 5,3 5,1 5,6 5,1 5,6 7,3 5,3 7,3 7,6 3,6 5,3 7,6 7,1 3,3 3,3",
 }
 
 def pairs_of(cell):
-    """"sep5 1 max 0 ..." -> [("sep_conv_5x5", 1), ("max_pool_3x3", 0), ...]"""
+    """The text of a cell -> 8 pairs, such as ("sep_conv_5x5", 1)."""
     words = cell.split()
     return [(OPERATION_OF[name], int(source)) for name, source in zip(words[::2], words[1::2])]
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_published_architectures_are_those_of_the_papers_in_every_notation(name, tmp_path):
-    if isinstance(PAPERS[name], str):
-        expected = [(int(kernel), int(expansion)) for kernel, _, expansion in PAPERS[name].split()]
-        texts = [str(expected), f"found = {expected}"]
-    else:
-        normal, reduce = map(pairs_of, PAPERS[name])
-        expected = retrain.Genotype(normal, range(2, 6), reduce, range(2, 6))
-        flat = str(expected)
-        nested = str(expected._replace(normal=nodes_of(normal), reduce=nodes_of(reduce)))
-        as_printed = flat.replace("range(2, 6)", "[2, 3, 4, 5]").replace("), (", "),  # !\n  (")
-        texts = [flat, nested, f"\n  DARTS = {as_printed}\n"]
-    origin = {"dataset": "imagenet" if name.endswith(("IMAGENET", "PU")) else "cifar10"}
-    assert retrain.load_genotype(name) == (expected, origin)
-    for i, text in enumerate(texts):
-        path = tmp_path / f"found ({i}).txt"
+@pytest.mark.parametrize("name", PAPER_CELLS)
+def test_published_cells_are_those_of_the_papers_in_every_notation(name, tmp_path):
+    normal, reduce = map(pairs_of, PAPER_CELLS[name])
+    cells = retrain.Genotype(normal, range(2, 6), reduce, range(2, 6))
+    dataset = "imagenet" if name == "DDPNAS_IMAGENET" else "cifar10"
+    assert retrain.load_genotype(name) == (cells, {"dataset": dataset})
+    flat = str(cells)
+    nested = str(cells._replace(normal=nodes_of(normal), reduce=nodes_of(reduce)))
+    as_lists = flat.replace("range(2, 6)", "[2, 3, 4, 5]")
+    on_many_lines = "\n  DARTS = " + as_lists.replace("), (", "),  # a comment\n    (") + "\n"
+    for text in (flat, nested, on_many_lines):
+        path = tmp_path / "found (1).txt"
         path.write_text(text)
-        assert retrain.load_genotype(text)[0] == retrain.load_genotype(str(path))[0] == expected
+        for source in (text, str(path)):
+            assert retrain.load_genotype(source) == (cells, {"dataset": "cifar10"})
+
+@pytest.mark.parametrize("name", PAPER_CHAINS)
+def test_published_chains_are_those_of_the_papers(name):
+    words = PAPER_CHAINS[name].split()
+    blocks = [(int(kernel), int(expansion)) for kernel, _, expansion in words]
+    for source in (name, str(blocks)):
+        assert retrain.load_genotype(source) == (blocks, {"dataset": "imagenet"})
 
 # ==== training one path, and one network ==========================================================
 class FakeNetwork(nn.Linear):
