@@ -1170,33 +1170,41 @@ def test_the_seed_decides_a_run_whose_rate_falls_by_a_cosine(
     assert read_log(tmp_path / "run") != log[:1]
 
 def skip_training(script, monkeypatch):
-    """Epochs that train nothing, and made-up accuracies."""
+    """Epochs that train nothing, and made-up accuracies -> the calls, a list that will grow."""
+    calls, accuracies = [], itertools.cycle([0.25, 0.5, 0.75])
     def train_epoch(network, optimizer, batches, sample):
+        calls.append(("train", batches.epoch, sample))
         optimizer.step()
         return 1.0
-    accuracies = itertools.cycle([0.25, 0.5, 0.75])
+    def evaluate(network, batches, sample):
+        calls.append(("evaluate", sample))
+        return next(accuracies)
     monkeypatch.setattr(script, "train_epoch", train_epoch)
-    monkeypatch.setattr(script, "evaluate", lambda *args: next(accuracies))
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    return calls
 
 @whole_run
 @each_search
-def test_a_search_needs_of_a_method_what_readme_lists_and_no_more(script, tmp_path, monkeypatch):
+def test_a_search_calls_what_readme_lists_of_a_method_and_no_more(script, tmp_path, monkeypatch):
     members = ["total_epochs", "sample", "record", "best", "probabilities", "scores",
                "state_dict", "load_state_dict"]
     assert all(f"`{name}" in README for name in members)
-    seen = []
+    made = []
     def make_own(num_edges, num_ops, seed, length, warm):
-        seen.append((num_edges, num_ops, seed, length, warm))
+        assert (num_edges, num_ops, seed, length, warm) == (28, 8, 0, 3, False)
         distribution = mdenas.MultinomialDistribution(num_edges, num_ops, epochs=length)
+        made.append(distribution)
         return Namespace(**{name: getattr(distribution, name) for name in members})
-    skip_training(script, monkeypatch)
+    calls = skip_training(script, monkeypatch)
     options = {"length": (10, "how long"), "warm": (True, "100 % or not")}
     argv = ["--device", "cpu", "--channels", "2", "--image-size", "8", "--batch-size", "96",
             "--length", "3", "--no-warm"]
     monkeypatch.chdir(tmp_path)
     assert script.main(argv, make_own, options, "own") == 0
-    assert seen == [(28, 8, 0, 3, False)]
-    assert len(read_log(tmp_path / "runs" / "own")) == 3
+    one, two, three = [row["sample"] for row in read_log(tmp_path / "runs" / "own")]
+    assert calls == [("train", 0, one), ("evaluate", one), ("train", 1, two), ("evaluate", two),
+                     ("train", 2, three), ("evaluate", three),
+                     ("evaluate", made[0].best())]
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"], make_own, options, "own")
     assert stop.value.code == 0
@@ -1260,12 +1268,12 @@ def test_what_a_search_found_comes_back_with_its_data_set(script, finished):
 @whole_run
 def test_drop_path_grows_with_the_epochs_of_the_large_setting(images, tmp_path, monkeypatch):
     seen, train_epoch = [], retrain.train_epoch
-    def train_and_look(network, *args):
-        seen.append(float(network.drop_path))
-        return train_epoch(network, *args)
+    def train_and_look(network, optimizer, batches, args):
+        seen.append((batches.epoch, float(network.drop_path)))
+        return train_epoch(network, optimizer, batches, args)
     monkeypatch.setattr(retrain, "train_epoch", train_and_look)
     finish(retrain, tiny(retrain, images, tmp_path / "run", "--large", "--epochs", 4))
-    assert seen == pytest.approx([0, 0.05, 0.1, 0.15])
+    np.testing.assert_allclose(seen, [(0, 0), (1, 0.05), (2, 0.1), (3, 0.15)])
 
 @whole_run
 def test_imagenet_decay_spares_the_norms_of_blocks_and_the_rate_follows_batch_and_epoch(
