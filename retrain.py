@@ -1003,6 +1003,27 @@ def check_image_size(args):
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
+def choose_genotype(name, weights, asks_help):
+    """--genotype and --evaluate, each may be None -> a name, its genotype, and its origin.
+
+    The origin is the settings that become defaults: the data set of a search, and more of a
+    checkpoint of ours, which brings its genotype, too.
+    """
+    saved = read_weights(weights)[1] if weights else {}  # {} if it is not a checkpoint of ours
+    if name is not None:
+        genotype, origin = load_genotype(name)
+    elif saved:
+        name, genotype = str(weights), parse_genotype(saved["genotype"])
+    elif weights:
+        raise UserError(f"--evaluate {weights}: of which network? Add --genotype")
+    else:
+        name = "random:0" if asks_help else "runs/ddp_nas/genotype.json"  # --help needs no file
+        genotype, origin = load_genotype(name)
+    if saved:
+        keys = ("dataset", "image_size", "channels", "cells", "seed")
+        origin = {key: saved[key] for key in keys}
+    return name, genotype, origin
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
@@ -1020,47 +1041,36 @@ def parse_args(argv):
                          help="print parameters, multiply-adds and latency")
     instead.add_argument("--evaluate", type=Path, metavar="FILE",
                          help="test a checkpoint of ours, or weights of others")
-
     given, rest = parser.parse_known_args(argv)  # the other defaults depend on these
-    name = getattr(given, "genotype", None)
-    saved = {}  # the settings of a checkpoint of ours
-    if given.evaluate:
-        _, saved = read_weights(given.evaluate)
-        if name is None and not saved:
-            raise UserError(f"--evaluate {given.evaluate}: of which network? Add --genotype")
-    if saved and name is None:  # a checkpoint of ours brings its genotype
-        name, genotype, origin = given.evaluate, parse_genotype(saved["genotype"]), {}
-    else:
-        if name is None:  # --help needs no file
-            name = "random:0" if {"-h", "--help"} & set(rest) else "runs/ddp_nas/genotype.json"
-        genotype, origin = load_genotype(name)
-    if saved:
-        keys = ("dataset", "image_size", "channels", "cells", "seed")
-        origin = {key: saved[key] for key in keys}
+
+    asks_help = "-h" in rest or "--help" in rest
+    name, genotype, origin = choose_genotype(getattr(given, "genotype", None), given.evaluate,
+                                             asks_help)
     space = "cell" if isinstance(genotype, Genotype) else "mobile"
     dataset = getattr(given, "dataset", origin.get("dataset", "synthetic"))
 
     defaults = dict(DEFAULTS[dataset])
-    if dataset == "imagenet" and space == "mobile":
-        defaults.update(IMAGENET_MOBILE)
+    if space == "mobile":
+        defaults.update(channels=None, cells=None, drop_path=0.0)
+        if dataset == "imagenet":
+            defaults.update(IMAGENET_MOBILE)
     if given.large:
         defaults.update(LARGE)
     if given.summary:
         defaults.update(batch_size=1)
-    if origin.get("dataset") == dataset:  # on other images, only the genotype is kept
+    if dataset == origin.get("dataset"):  # on other images, only the genotype is kept
         defaults.update(origin)
+
     if space == "cell":
         add("--channels", type=at_least(2), help="C, the channels of the first cell")
         add("--cells", type=at_least(3), help="number of cells")
-    else:
-        defaults.update(channels=None, cells=None, drop_path=0.0)
     add("--epochs", type=at_least(1), help="number of training epochs")
     add("--compile", action="store_true", help="use torch.compile")
     add_arguments(parser, defaults, METHOD)
     parser.set_defaults(**defaults)  # the rest of the recipe, too, which has no options
     args = parser.parse_args(argv)
 
-    args.genotype, args.name, args.dataset, args.space = str(genotype), str(name), dataset, space
+    args.genotype, args.name, args.dataset, args.space = str(genotype), name, dataset, space
     if args.lr is None:
         args.lr = LR_MOBILE * args.batch_size
     if args.large and (space == "mobile" or args.image_size > SMALL):
