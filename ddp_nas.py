@@ -34,7 +34,7 @@ DEFAULTS = {  # by data set
     "cifar10": PAPER, "cifar100": PAPER, "imagefolder": PAPER,
     "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
-LR_MIN = 0.001                        # learning rate at the end of the cosine
+LR_MIN = 0.001                        # learning rate in the end; MdeNAS: 0, and 6 cells
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
 CLIP = 5.0                            # the largest norm of a gradient
 
@@ -63,7 +63,7 @@ class DynamicDistribution:
 
     @property
     def probabilities(self):
-        """(E, K): theta over the alive operations only; rows sum to 1."""
+        """(E, K), to print: theta over the alive operations only; rows sum to 1."""
         theta = self.theta * self.alive
         return theta / theta.sum(1, keepdim=True)
 
@@ -80,8 +80,9 @@ class DynamicDistribution:
         """The architecture of the next epoch: an operation for every edge, a list of E indices."""
         step = self.epoch % self.num_alive
         if step == 0:  # a new pass: on each edge its own permutation of the alive operations
-            keys = torch.rand(self.alive.shape, generator=self.rng).masked_fill(~self.alive, 2)
-            self.order = keys.argsort(1)[:, :self.num_alive]  # the pruned ones would come last
+            keys = torch.rand(self.alive.shape, generator=self.rng)
+            keys[~self.alive] = math.inf  # the pruned ones come last, and are cut off
+            self.order = keys.argsort(1)[:, :self.num_alive]
         return self.order[:, step].tolist()
 
     def record(self, sample, accuracy):
@@ -145,21 +146,22 @@ def evaluate(network, batches, sample):
             logits = network(images, sample)
         totals[0] += (logits.argmax(1) == labels).sum()
         totals[1] += len(labels)
-    average_over_processes([totals])  # means, not sums: their ratio is the same
+    average_over_processes([totals])  # the ratio of the means is that of the sums
     num_correct, num_images = totals.tolist()
     return num_correct / num_images
 
 # ==== the search ==================================================================================
 def split_training_images(args):
     """The training images, and the batches of two halves of them: to train, and to validate."""
-    dataset = open_images(args, train=True)
+    dataset = open_images(args, "train")
     g = torch.Generator().manual_seed(args.seed)
     training, validation = torch.randperm(len(dataset), generator=g).tensor_split(2)
     check_batch_size(args.batch_size, len(validation))
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
+    size = len(validation) // num_batches
+    size -= size % WORLD_SIZE  # every process gets as many
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
             Batches(dataset, validation[:num_batches * size], size, args, train=False))
 
@@ -223,7 +225,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):
         x = F.relu(x)
-        # The stride is a slice: a strided 1x1 conv may crash torch 2.14's backward pass on a CPU.
+        # Strided by a slice: strided 1x1 convs corrupt memory in torch 2.14, with two CPU threads.
         halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
         return self.bn(torch.cat(halves, 1))
 
@@ -479,18 +481,18 @@ def read_cifar(args, train):
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
-def open_images(args, train):
-    """The training or test images, (3, S, S) uint8, with labels and the names of the classes.
+def open_images(args, split):
+    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
 
     A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
     """
     if args.dataset == "synthetic":
-        count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
+        count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
         images, labels, classes = make_gratings(count, args.image_size, seed)
     elif args.dataset in ("cifar10", "cifar100"):
-        images, labels, classes = read_cifar(args, train)
+        images, labels, classes = read_cifar(args, train=split == "train")
     else:
-        folder = args.data_dir / ("train" if train else "val")
+        folder = args.data_dir / split
         dataset = ImageFolder(folder, args.image_size)
         print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
                f"{', '.join(dataset.classes[:5])} ...")
@@ -519,10 +521,12 @@ def shift_and_flip(images, g):
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
     y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
     mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
-    images = crops[torch.arange(count, device=y.device), :, y, x]  # (B, 3, S, S)
-    return torch.where(mirrored, images.flip(3), images)
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    image, pixel = torch.arange(count, device=y.device), torch.arange(size, device=y.device)
+    rows, columns = y[:, None] + pixel, x[:, None] + pixel                       # (B, S)
+    crops = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, S, S, 3)
+    crops = crops.permute(0, 3, 1, 2)
+    return torch.where(mirrored, crops.flip(3), crops)
 
 class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
@@ -653,10 +657,10 @@ MAY_DIFFER = ("data_dir", "device", "workers", "out", "resume")  # between a run
 
 def run_settings(args):
     """What a run, its --resume and all their processes have in common, the method first."""
-    options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return {"method": args.method, **options, "processes": WORLD_SIZE}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return {"method": args.method, **settings, "processes": WORLD_SIZE}
 
-def open_out(args):
+def make_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -707,7 +711,10 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
+    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs.
+
+    A new run makes its log here, which no two runs can do.
+    """
     path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
@@ -749,8 +756,8 @@ def print_distribution(probabilities, args):
     shades = "░▒▓█" if "utf" in str(sys.stdout.encoding).lower() else ".:*#"
     print0(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities.tolist()):
-        cells = ["x" if p == 0 else 3 * shades[min(3, int(4 * p / max(values)))] for p in values]
-        print0(f"{row:14}" + "".join(f"{cell:>6}" for cell in cells))
+        marks = ["x" if p == 0 else 3 * shades[min(3, int(4 * p / max(values)))] for p in values]
+        print0(f"{row:14}" + "".join(f"{mark:>6}" for mark in marks))
 
 def draw_cells(genotype):
     """A Genotype -> Mermaid graphs of its two cells, in Markdown."""
@@ -826,7 +833,7 @@ def parse_args(argv, options, method):
     add = parser.add_argument
     add("--dataset", choices=DEFAULTS, default="synthetic",
         help="data set; sets the defaults of other options, too")
-    defaults = DEFAULTS[parser.parse_known_args(argv)[0].dataset]
+    defaults = DEFAULTS[parser.parse_known_args(argv)[0].dataset]  # the others depend on it
     add("--space", choices=("cell", "mobile"), default=defaults["space"], help="search space")
     space = parser.parse_known_args(argv)[0].space
     if space == "cell":
@@ -878,7 +885,7 @@ def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, met
     """
     def run():
         args = parse_args(argv, options, method)
-        open_out(args)
+        make_out(args)
         start_processes(args)
         num_edges, num_ops = 2 * NUM_EDGES, len(OPS)
         if args.space == "mobile":

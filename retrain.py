@@ -74,7 +74,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):
         x = F.relu(x)
-        # The stride is a slice: a strided 1x1 conv may crash torch 2.14's backward pass on a CPU.
+        # Strided by a slice: strided 1x1 convs corrupt memory in torch 2.14, with two CPU threads.
         halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
         return self.bn(torch.cat(halves, 1))
 
@@ -336,14 +336,14 @@ class CellNetwork(nn.Module):
         if auxiliary:  # on the second reduction cell, which has the width of the last
             self.auxiliary = auxiliary_head(c_prev, num_classes, imagenet, norm)
         self.linear = nn.Linear(c_prev, num_classes)
-        self.drop_path = None  # or a tensor: torch.compile would recompile for each new float
+        self.drop_probability = None  # or a tensor: torch.compile recompiles for each new float
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); in training, those of the head, too."""
         s0 = self.stem0(images)
         s1 = self.stem1(s0)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path if self.training else None)
+            s0, s1 = s1, cell(s0, s1, self.drop_probability if self.training else None)
             if i == 2 * len(self.cells) // 3:
                 inner = s1
         logits = self.linear(s1.mean((2, 3)))
@@ -527,7 +527,7 @@ def open_network(args, num_classes, auxiliary):
     return network.to(args.device, memory_format=torch.channels_last)
 
 def train(args):
-    dataset, test_dataset = open_images(args, train=True), open_images(args, train=False)
+    dataset, test_dataset = open_images(args, "train"), open_images(args, "val")
     check_same({"classes": dataset.classes}, {"classes": test_dataset.classes}, "in train",
                "in val")
     check_batch_size(args.batch_size, len(dataset))
@@ -556,7 +556,7 @@ def train(args):
     parameters = count_parameters(network)
     print0(f"{args.name}: {parameters:,} parameters, auxiliary head: {args.auxiliary > 0}")
     if args.drop_path:
-        network.drop_path = torch.zeros((), device=args.device)
+        network.drop_probability = torch.zeros((), device=args.device)
     if args.compile:
         network.compile()
 
@@ -568,7 +568,7 @@ def train(args):
         if isinstance(dataset, RandomCrops):
             dataset.seed = 1_000_003 * args.seed + epoch
         if args.drop_path:
-            network.drop_path.fill_(args.drop_path * epoch / args.epochs)
+            network.drop_probability.fill_(args.drop_path * epoch / args.epochs)
         loss = train_epoch(network, optimizer, batches, args)
         errors = evaluate(network, test_batches)
         schedule.step()
@@ -583,7 +583,7 @@ def train(args):
 def test(args):
     """--evaluate: print the errors of the weights in a file on the test images."""
     weights, settings = read_weights(args.evaluate)
-    dataset = open_images(args, train=False)
+    dataset = open_images(args, "val")
     if settings:
         check_same({"genotype": args.genotype, "classes": dataset.classes}, settings,
                    "in this command", f"in {args.evaluate}")
@@ -705,18 +705,18 @@ def read_cifar(args, train):
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets), data.classes
 
-def open_images(args, train):
-    """The training or test images, (3, S, S) uint8, with labels and the names of the classes.
+def open_images(args, split):
+    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
 
     A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
     """
     if args.dataset == "synthetic":
-        count, seed = (768, 2 * args.seed + 1) if train else (1000, 2 * args.seed)
+        count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
         images, labels, classes = make_gratings(count, args.image_size, seed)
     elif args.dataset in ("cifar10", "cifar100"):
-        images, labels, classes = read_cifar(args, train)
+        images, labels, classes = read_cifar(args, train=split == "train")
     else:
-        folder = args.data_dir / ("train" if train else "val")
+        folder = args.data_dir / split
         dataset = ImageFolder(folder, args.image_size)
         print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
                f"{', '.join(dataset.classes[:5])} ...")
@@ -745,10 +745,12 @@ def shift_and_flip(images, g):
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
     y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
     mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, S, S)
-    images = crops[torch.arange(count, device=y.device), :, y, x]  # (B, 3, S, S)
-    return torch.where(mirrored, images.flip(3), images)
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    image, pixel = torch.arange(count, device=y.device), torch.arange(size, device=y.device)
+    rows, columns = y[:, None] + pixel, x[:, None] + pixel                       # (B, S)
+    crops = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, S, S, 3)
+    crops = crops.permute(0, 3, 1, 2)
+    return torch.where(mirrored, crops.flip(3), crops)
 
 class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
@@ -877,10 +879,10 @@ def autocast(device):
 # ==== files =======================================================================================
 def run_settings(args):
     """What a run, its --resume and all their processes have in common, the method first."""
-    options = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return {"method": args.method, **options, "processes": WORLD_SIZE}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return {"method": args.method, **settings, "processes": WORLD_SIZE}
 
-def open_out(args):
+def make_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -931,7 +933,10 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
+    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs.
+
+    A new run makes its log here, which no two runs can do.
+    """
     path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
@@ -1110,7 +1115,7 @@ def main(argv=None):
     def run():
         args = parse_args(argv)
         if not (args.summary or args.evaluate):
-            open_out(args)
+            make_out(args)
         start_processes(args)
         torch.backends.cudnn.allow_tf32 = False  # errors are measured in full float32
         if args.summary:
