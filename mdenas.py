@@ -16,7 +16,7 @@ result.
 
 What this script shares with ddp_nas.py and retrain.py is the same to the character.
 """
-import argparse, functools, io, json, math, os, sys, time
+import argparse, functools, io, json, math, operator, os, sys, time
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -99,12 +99,20 @@ def check_accuracy(accuracy):
     if not 0 <= accuracy <= 1:  # NaN fails this, too
         raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
 
+def check_sample(sample, num_edges, num_ops):
+    """E indices of any integer type -> a list of E ints; an error for anything else."""
+    sample = [operator.index(choice) for choice in sample]  # a TypeError for 0.9
+    if len(sample) != num_edges or not set(sample) <= set(range(num_ops)):
+        raise ValueError(f"a sample is {num_edges} indices from 0 to {num_ops - 1}, not {sample}")
+    return sample
+
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
     """Train the path of the sample (E,) on every batch once -> mean loss.
 
     batches: images (B, 3, S, S), normalised, and labels (B,), on the device of the network.
     """
+    network.train()
     weights = list(network.parameters())
     device = weights[0].device
     totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
@@ -123,6 +131,7 @@ def train_epoch(network, optimizer, batches, sample):
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
+    network.eval()
     device = next(network.parameters()).device
     totals = torch.zeros(2, device=device)  # correct images, all images
     for images, labels in batches:
@@ -163,12 +172,18 @@ def search(args, distribution):
                  distribution=distribution)
     log = load_checkpoint(args, settings, parts)
 
+    num_edges, num_ops = distribution.probabilities.shape
     for epoch in range(len(log), distribution.total_epochs):  # --resume: from the log's end
         start = time.perf_counter()
-        sample = distribution.sample()
+        # What is random depends on the seed and the epoch alone, so that --resume repeats it.
+        torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)  # of sample() and record()
+        sample = check_sample(distribution.sample(), num_edges, num_ops)
+        same_everywhere({"the sample": sample})
         train_half.epoch = epoch
-        loss = train_epoch(network, optimizer, train_half, sample)
-        accuracy = evaluate(network, validation_half, sample)
+        with torch.random.fork_rng(devices=[]):  # dropout differs between processes
+            torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
+            loss = train_epoch(network, optimizer, train_half, sample)
+            accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
         schedule.step()
         log.append({"epoch": epoch + 1, "sample": sample, "loss": loss,
@@ -179,8 +194,10 @@ def search(args, distribution):
         if (epoch + 1) % 10 == 0:
             print_distribution(distribution.probabilities, args)
 
-    accuracy = evaluate(network, validation_half, distribution.best())
-    write_results(args, settings, distribution, accuracy)
+    torch.manual_seed(args.seed)  # of best()
+    best = check_sample(distribution.best(), num_edges, num_ops)
+    accuracy = evaluate(network, validation_half, best)
+    write_results(args, settings, best, distribution.scores, accuracy)
 
 # ==== operations ==================================================================================
 NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
@@ -413,10 +430,12 @@ def open_rgb(path):
         raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 def to_rgb(image):
-    """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
+    """PIL image, upright or not -> upright, RGB. ValueError if a pixel has more than 8 bits."""
     if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-    return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
+    image.getexif()  # reads the EXIF, where phones store the rotation. Its bytes are dropped, since
+    image.info.pop("exif", None)  # PIL would write them again, and fails at numbers such as -5.
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -446,7 +465,7 @@ def make_gratings(count, size, seed):
     return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes
 
 def read_cifar(args, train):
-    """-> images (N, 3, 32, 32), labels, classes."""
+    """-> images (N, 3, S, S), labels, classes."""
     name = args.dataset.upper()
     for rank in range(WORLD_SIZE):  # one after the other: process 0 downloads, the others find it
         try:
@@ -458,6 +477,7 @@ def read_cifar(args, train):
         if WORLD_SIZE > 1:
             dist.barrier()
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    images = v2.functional.resize(images, [args.image_size])
     return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, split):
@@ -569,7 +589,7 @@ def check_batch_size(size, num_images):
 
 # ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_torchelastic_launched():  # by torchrun, a process for each device
+if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun, one for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
@@ -743,17 +763,16 @@ def draw_cells(genotype):
     graphs = []
     for title, pairs in (("normal", genotype.normal), ("reduce", genotype.reduce)):
         lines = ["graph LR", "0([input 0])", "1([input 1])"]
-        lines += [f"{source} -->|{operation}| {2 + i // 2}"
+        lines += [f'{source} -->|"{operation}"| {2 + i // 2}'
                   for i, (operation, source) in enumerate(pairs)]
         lines += [f"{node} --> output([output])" for node in genotype.normal_concat]
         graphs.append(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n")
     return "\n".join(graphs)
 
-def write_results(args, settings, distribution, accuracy):
+def write_results(args, settings, best, scores, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
-    best = distribution.best()
     if args.space == "cell":
-        found = derive_cells(best, distribution.scores)
+        found = derive_cells(best, scores)
     else:
         found = [CANDIDATES[choice] for choice in best]
     if RANK == 0:
@@ -785,8 +804,8 @@ def add_arguments(parser, defaults, method):
         help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
              "retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the square to which images are resized and cropped; up to 64, all of them "
-             "stay in memory")
+        help="side of the square to which images are resized and cropped; imagefolder is for up to "
+             "64 pixels, imagenet for more")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
@@ -801,8 +820,9 @@ def add_arguments(parser, defaults, method):
     add("-h", "--help", action="help", help="show this help")
 
 def check_image_size(args):
-    if args.dataset.startswith("cifar") and args.image_size != 32:
-        raise UserError("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
+    if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
+        raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
+                        "with --dataset imagenet, whose folders need not be ImageNet's")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
@@ -822,6 +842,8 @@ def parse_args(argv, options, method):
     else:
         add("--backbone", choices=BACKBONES, default="gpu", help="widths of the blocks")
     for name, (default, text) in options.items():
+        if name in ("method", "processes", "images", "classes", "operations"):
+            raise ValueError(f"an option cannot have the name {name}, a setting of every run")
         kind = type(default)
         how = {"type": at_least(0, kind) if kind in (int, float) else kind}
         if kind is bool:
@@ -852,7 +874,7 @@ def exit_code(run):
         return 130
     finally:
         torch.set_num_threads(threads)
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS, method=METHOD):
@@ -870,6 +892,7 @@ def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS,
         if args.space == "mobile":
             num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
         chosen = {name: getattr(args, name) for name in options}
+        torch.manual_seed(args.seed)  # of a constructor that draws
         distribution = distribution_class(num_edges, num_ops, seed=args.seed, **chosen)
         if distribution.total_epochs < 1:
             raise UserError(f"a search of {distribution.total_epochs} epochs finds nothing")

@@ -598,8 +598,9 @@ def test(args):
 def summarise(args):
     """--summary: print parameters, multiply-adds and latency."""
     num_classes = {"cifar100": 100, "imagenet": 1000}.get(args.dataset, 10)
-    if args.dataset == "imagefolder":
-        num_classes = len(ImageFolder(args.data_dir / "train", args.image_size).classes)
+    folder = args.data_dir / "train"
+    if args.dataset == "imagefolder" or (args.dataset == "imagenet" and folder.is_dir()):
+        num_classes = len(ImageFolder(folder, args.image_size).classes)
     network, times = open_network(args, num_classes, auxiliary=False).eval(), []
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -658,10 +659,12 @@ def open_rgb(path):
         raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 def to_rgb(image):
-    """PIL image -> upright, RGB. Raises a ValueError if its pixels have more than 8 bits."""
+    """PIL image, upright or not -> upright, RGB. ValueError if a pixel has more than 8 bits."""
     if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-    return ImageOps.exif_transpose(image).convert("RGB")  # phones store the rotation in EXIF
+    image.getexif()  # reads the EXIF, where phones store the rotation. Its bytes are dropped, since
+    image.info.pop("exif", None)  # PIL would write them again, and fails at numbers such as -5.
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -691,7 +694,7 @@ def make_gratings(count, size, seed):
     return (128 + 50 * images).clamp(0, 255).to(torch.uint8), labels, classes
 
 def read_cifar(args, train):
-    """-> images (N, 3, 32, 32), labels, classes."""
+    """-> images (N, 3, S, S), labels, classes."""
     name = args.dataset.upper()
     for rank in range(WORLD_SIZE):  # one after the other: process 0 downloads, the others find it
         try:
@@ -703,6 +706,7 @@ def read_cifar(args, train):
         if WORLD_SIZE > 1:
             dist.barrier()
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    images = v2.functional.resize(images, [args.image_size])
     return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, split):
@@ -814,7 +818,7 @@ def check_batch_size(size, num_images):
 
 # ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_torchelastic_launched():  # by torchrun, a process for each device
+if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun, one for each device
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in
                                     ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
@@ -987,8 +991,8 @@ def add_arguments(parser, defaults, method):
         help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
              "retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the square to which images are resized and cropped; up to 64, all of them "
-             "stay in memory")
+        help="side of the square to which images are resized and cropped; imagefolder is for up to "
+             "64 pixels, imagenet for more")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
@@ -1003,8 +1007,9 @@ def add_arguments(parser, defaults, method):
     add("-h", "--help", action="help", help="show this help")
 
 def check_image_size(args):
-    if args.dataset.startswith("cifar") and args.image_size != 32:
-        raise UserError("--image-size: CIFAR has 32 pixels; other sizes with --dataset imagefolder")
+    if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
+        raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
+                        "with --dataset imagenet, whose folders need not be ImageNet's")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
@@ -1107,7 +1112,7 @@ def exit_code(run):
         return 130
     finally:
         torch.set_num_threads(threads)
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 def main(argv=None):
