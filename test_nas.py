@@ -6,8 +6,8 @@
 
 What the scripts share is the same to the character, so it is tested in one of them.
 """
-import ast, contextlib, copy, errno, io, itertools, json, math, multiprocessing, os, pickle
-import re, shutil, subprocess, sys, threading, types, urllib.request
+import ast, contextlib, copy, errno, functools, io, itertools, json, math, multiprocessing
+import os, pickle, re, shutil, struct, subprocess, sys, threading, types, urllib.request
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -123,6 +123,20 @@ def test_distribution_prunes_the_first_of_equals():
         while distribution.num_alive > 4 - num_pruned:
             distribution.record(distribution.sample(), 0.5)
         assert distribution.alive.tolist() == 3 * [[op >= num_pruned for op in range(4)]]
+
+@pytest.mark.parametrize("num_ops, passes", [(3, 2), (5, 1)])
+def test_distribution_says_when_its_search_is_over(num_ops, passes):
+    distribution = ddp_nas.DynamicDistribution(4, num_ops, passes)
+    for epoch in range(distribution.total_epochs):
+        distribution.record(distribution.sample(), 1 / (1 + epoch))
+    best = distribution.best()
+    for _ in range(2 * passes):
+        with pytest.raises(ValueError, match="the search is over"):
+            distribution.sample()
+        with pytest.raises(ValueError, match="the search is over"):
+            distribution.record(best, 0.5)
+    assert distribution.best() == best
+    assert distribution.alive.sum() == 4
 
 # ==== the distribution of MdeNAS ==================================================================
 def transfer_by_hand(p, epochs, accuracies, alpha):
@@ -245,6 +259,21 @@ def test_distribution_goes_on_from_its_state_and_the_seed_decides(script, stop):
     second.load_state_dict(torch.load(buffer, weights_only=True))
     assert drive(second, measure, 27 - stop) == history[stop:]
     assert torch.equal(second.probabilities, whole.probabilities)
+
+@pytest.mark.parametrize("sample", [
+    [2, 0, 1], (2, 0, 1), np.array([2, 0, 1]), torch.tensor([2, 0, 1]),
+    [np.int8(2), 0, torch.tensor(1)]], ids=str)
+def test_distribution_may_sample_integers_of_any_type(sample):
+    checked = ddp_nas.check_sample(sample, 3, 3)
+    assert checked == [2, 0, 1]
+    assert [type(choice) for choice in checked] == [int, int, int]
+
+@pytest.mark.parametrize("sample, error", [
+    ([0, 1, 0.9], TypeError), (np.array([0.0, 1.0, 2.0]), TypeError), ([0, 1], ValueError),
+    ([0, 1, 2, 0], ValueError), ([0, 1, -1], ValueError), ([0, 1, 3], ValueError)], ids=str)
+def test_distribution_may_sample_nothing_else(sample, error):
+    with pytest.raises(error):
+        ddp_nas.check_sample(sample, 3, 3)
 
 # ==== from scores to cells ========================================================================
 OPS = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5",
@@ -719,7 +748,7 @@ def test_drop_path_zeroes_whole_images_but_no_identity_and_nothing_in_evaluation
     pairs = [("skip_connect", 0), ("skip_connect", 1), ("avg_pool_3x3", 0), ("skip_connect", 1)] * 2
     genotype = retrain.Genotype(pairs, range(2, 6), pairs, range(2, 6))
     network = retrain.build_network(genotype, "cifar10", 5, 2, 3)
-    network.drop_path = 0.3
+    network.drop_probability = 0.3
     cell = network.cells[0]
     seen = []
     cell.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
@@ -837,17 +866,37 @@ def test_folders_as_people_have_them(tmp_path):
     assert names == ["00.png", "01.png",
                      "00.png", "01.png", "a.jfif", "b.WEBP", "c.tiff", "d.Bmp", "e.gif"]
 
-def test_photographs_are_turned_upright(tmp_path):
+def exif_block(*entries):
+    """The EXIF of a camera. An entry: tag, type, count, and a value of 4 or 8 bytes."""
+    table, values = b"", b""
+    end = 8 + 2 + 12 * len(entries) + 4  # of the table, which values of 8 bytes follow
+    for tag, kind, count, value in entries:
+        if len(value) == 8:
+            table += struct.pack("<HHII", tag, kind, count, end + len(values))
+            values += value
+        else:
+            table += struct.pack("<HHI", tag, kind, count) + value
+    header = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    return header + table + struct.pack("<I", 0) + values
+
+@pytest.mark.parametrize("odd", [
+    None, (0x100, 9, 1, struct.pack("<i", -5)),  # a width of -5 pixels
+    (0x11A, 2, 3, b"72\0\0"),                    # resolutions: as text,
+    (0x11A, 12, 1, struct.pack("<d", math.nan)),  # not a number,
+    (0x11A, 10, 1, struct.pack("<ii", -1, 2))],   # and negative
+    ids=["no odd number", "-5", "text", "nan", "-1/2"])
+def test_photographs_are_turned_upright(odd, tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:20, :30] = 255  # bright at the upper left
-    image = Image.fromarray(pixels)
-    exif = image.getexif()
-    exif[274] = 6  # the camera was held upright: to be turned clockwise
-    image.save(tmp_path / "photo.jpg", exif=exif)
-    upright = np.asarray(ddp_nas.open_rgb(tmp_path / "photo.jpg"))
-    assert upright.shape == (60, 40, 3)
-    assert upright[:20, 30:].min() > 200
-    assert upright[40:].max() < 50 and upright[:, :10].max() < 50
+    turned = (0x112, 3, 1, struct.pack("<HH", 6, 0))  # to be turned clockwise
+    exif = exif_block(odd, turned) if odd else exif_block(turned)
+    for suffix in ("jpg", "png", "webp"):
+        path = tmp_path / f"photo.{suffix}"
+        Image.fromarray(pixels).save(path, exif=exif)
+        upright = np.asarray(ddp_nas.open_rgb(path))
+        assert upright.shape == (60, 40, 3)
+        assert upright[:20, 30:].min() > 200
+        assert upright[40:].max() < 50 and upright[:, :10].max() < 50
 
 def test_large_images_are_resized_and_cropped_as_pil_does_it(large_images):
     image = Image.open(large_images / "val" / "cats" / "00.png")
@@ -869,12 +918,26 @@ def test_cifar_is_read_as_its_files_have_it(tmp_path, monkeypatch):
     for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
     args = settings(dataset="cifar10", data_dir=tmp_path, image_size=32)
-    for train, names in ((True, training_batches), (False, ["test_batch"])):
-        opened = retrain.open_images(args, train)
+    for split, names in (("train", training_batches), ("val", ["test_batch"])):
+        opened = retrain.open_images(args, split)
         pixels = np.concatenate([contents[name]["data"] for name in names])
         assert opened.classes == contents["batches.meta"]["label_names"]
         assert (opened.tensors[0].flatten(1).numpy() == pixels).all()
         assert opened.tensors[1].tolist() == sum([contents[name]["labels"] for name in names], [])
+
+@pytest.mark.parametrize("size", [8, 16, 40, 64])
+def test_cifar_is_resized_as_pil_does_it_and_as_preprocessing_does(size, monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(6, 32, 32, 3), dtype=np.uint8)
+    data = Namespace(data=pixels, targets=6 * [0], classes=["cats", "dogs"])
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *args, **more: data)
+    args = settings(dataset="cifar10", data_dir="", image_size=size)
+    resized = ddp_nas.open_images(args, "train").tensors[0]
+    preprocess = retrain.plain_transform(size)
+    for i in range(6):
+        image = Image.fromarray(pixels[i])
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        for result in (resized[i], preprocess(image)):  # torchvision 0.19 rounds otherwise
+            assert abs(result.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 @pytest.mark.parametrize("dataset, mean, std", [
     ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -902,7 +965,7 @@ def pixels_of(batches, images):
 
 def test_training_batches_are_crops_of_the_padded_images_flipped_or_not(images):
     args = settings(dataset="imagefolder", data_dir=images)
-    opened = ddp_nas.open_images(args, train=True)
+    opened = ddp_nas.open_images(args, "train")
     assert opened.classes == ["cats", "dogs"]
     assert opened.tensors[1].tolist() == 18 * [0] + 18 * [1]
     paths = sorted((images / "train").rglob("*.png"))
@@ -939,7 +1002,7 @@ def test_training_batches_are_crops_of_the_padded_images_flipped_or_not(images):
 def test_batches_do_not_depend_on_the_number_of_processes(large, large_images, monkeypatch):
     """The shares of 3 processes, put together, are the batches of one; images, labels and all."""
     args = settings(image_size=72, dataset="imagefolder", data_dir=large_images)
-    dataset = ddp_nas.open_images(args, True) if large else indexed_images(24)
+    dataset = ddp_nas.open_images(args, "train") if large else indexed_images(24)
     for count, train, share_sizes in ((12, True, [2, 2, 2]), (12, False, [2, 2, 2]),
                                       (2, False, [1, 1, 0])):
         def first_batch():
@@ -1123,7 +1186,7 @@ def test_a_search_from_end_to_end(script, finished):
     assert results["settings"]["method"] == script.METHOD
     graphs = re.findall(r"```mermaid\n(.*?)```", (out / "cell.md").read_text(), re.S)
     for graph, pairs in zip(graphs, (genotype.normal, genotype.reduce), strict=True):
-        drawn = re.findall(r"^ *(\d) -->\|(\w+)\| (\d)$", graph, re.M)
+        drawn = re.findall(r'^ *(\d) -->\|"(\w+)"\| (\d)$', graph, re.M)
         assert drawn == [(str(source), op, str(2 + i // 2)) for i, (op, source) in enumerate(pairs)]
 
     text = out.with_suffix(".txt").read_text(encoding="utf-8")
@@ -1209,6 +1272,96 @@ def test_a_search_calls_what_readme_lists_of_a_method_and_no_more(script, tmp_pa
         script.main(["--help"], make_own, options, "own")
     assert stop.value.code == 0
 
+class Dropout(nn.Module):
+    """Drops units in training, and keeps the modes and the numbers that it has drawn."""
+    modes, drawn = set(), []
+
+    def forward(self, x):
+        Dropout.modes.add((self.training, torch.is_grad_enabled()))
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, 1)
+        Dropout.drawn.append(kept.flatten().tolist())
+        return x * (kept > 0.5)
+
+def dropout_operations(script):
+    """Three candidates, of which two drop units."""
+    def pool(c, stride, norm):
+        return nn.Sequential(nn.AvgPool2d(3, stride, 1), Dropout())
+    def conv(c, stride, norm):
+        return nn.Sequential(script.depthwise_separable(c, 3, stride, 1, norm), Dropout())
+    return {"none": script.OPS["none"], "pool": pool, "conv": conv}
+
+class Drawing(mdenas.MultinomialDistribution):
+    """All that it does is drawn from torch's own generator."""
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.probabilities = torch.rand(self.probabilities.shape)
+
+    def sample(self):
+        num_edges, num_ops = self.probabilities.shape
+        return torch.randint(num_ops, (num_edges,))
+
+    def record(self, sample, accuracy):
+        self.probabilities = self.probabilities + 0.1 * torch.rand(self.probabilities.shape)
+
+    def best(self):
+        return (self.probabilities + torch.rand(self.probabilities.shape)).argmax(1)
+
+@whole_run
+@pytest.mark.parametrize("script, more", [(ddp_nas, {}), (mdenas, {"distribution_class": Drawing})])
+def test_chance_belongs_to_an_epoch_and_validation_drops_nothing(
+        script, more, images, tmp_path, monkeypatch):
+    """Killed in its last but one epoch and resumed, a search ends as one in one go."""
+    monkeypatch.setattr(script, "OPS", dropout_operations(script))
+    monkeypatch.setattr(script, "main", functools.partial(script.main, **more))
+    Dropout.modes.clear()
+    torch.manual_seed(1)
+    finish(script, tiny(script, images, tmp_path / "whole"))
+    assert Dropout.modes == {(True, True), (False, False)}
+    num_epochs = len(read_log(tmp_path / "whole"))
+    assert num_epochs == (5 if script is ddp_nas else 12)  # ddp_nas.py: 3 and 2
+    argv = tiny(script, images, tmp_path / "killed", "--resume")
+    kill(script, argv, num_epochs - 1, "evaluate")
+    assert len(read_log(tmp_path / "killed")) == num_epochs - 2
+    torch.manual_seed(2)
+    finish(script, argv)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+@whole_run
+@pytest.mark.parametrize("member", ["sample", "best"])
+def test_a_search_checks_what_a_method_gives(member, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(mdenas.MultinomialDistribution, member, lambda self: [*27 * [0], -1])
+    with pytest.raises(ValueError, match="28 indices from 0 to 7"):
+        call_main(mdenas, tiny(mdenas, images, tmp_path / "run", "--epochs", 1))
+
+@pytest.mark.parametrize("name", ["method", "processes", "images", "classes", "operations"])
+def test_an_option_cannot_take_the_name_of_a_setting(name):
+    with pytest.raises(ValueError, match=f"the name {name},"):
+        ddp_nas.parse_args([], {name: (1, "an option")}, "own")
+
+def test_names_with_brackets_are_quoted_in_the_picture_of_a_cell():
+    names = ["conv(3x3)", "conv[3]", "3x3@2", "a|b", "{c}", "d", "e", "f"]
+    pairs = [(name, i % 2) for i, name in enumerate(names)]
+    picture = ddp_nas.draw_cells(ddp_nas.Genotype(pairs, range(2, 6), pairs, range(2, 6)))
+    arrows = [line.strip() for line in picture.splitlines() if "-->|" in line]
+    expected = [f'{i % 2} -->|"{name}"| {2 + i // 2}' for i, name in enumerate(names)]
+    assert arrows == 2 * expected
+
+@whole_run
+@each_script
+def test_a_torch_without_torch_distributed_is_enough(script, images, tmp_path, monkeypatch):
+    """In some builds the module is there, and hardly anything in it."""
+    absent = types.ModuleType("torch.distributed")
+    absent.is_available = lambda: False
+    monkeypatch.setattr(torch, "distributed", absent)
+    monkeypatch.setitem(sys.modules, "torch.distributed", absent)
+    loaded = types.ModuleType(script.METHOD)
+    exec(compile(TEXTS[script], script.METHOD, "exec"), vars(loaded))
+    assert loaded.dist is absent
+    finish(loaded, tiny(script, images, tmp_path / "run"))
+    assert len(read_log(tmp_path / "run")) == NUM_EPOCHS[script]
+
 @whole_run
 def test_a_state_that_resume_cannot_read_ends_the_run_at_its_first_checkpoint(
         images, tmp_path, monkeypatch):
@@ -1269,7 +1422,7 @@ def test_what_a_search_found_comes_back_with_its_data_set(script, finished):
 def test_drop_path_grows_with_the_epochs_of_the_large_setting(images, tmp_path, monkeypatch):
     seen, train_epoch = [], retrain.train_epoch
     def train_and_look(network, optimizer, batches, args):
-        seen.append((batches.epoch, float(network.drop_path)))
+        seen.append((batches.epoch, float(network.drop_probability)))
         return train_epoch(network, optimizer, batches, args)
     monkeypatch.setattr(retrain, "train_epoch", train_and_look)
     finish(retrain, tiny(retrain, images, tmp_path / "run", "--large", "--epochs", 4))
@@ -1391,7 +1544,7 @@ def test_readme_classifies_with_a_trained_network_and_exports_it(
     paths = sorted((images / "val").rglob("*.png"))
     inputs = torch.stack([preprocess(Image.open(path)) for path in paths])
     args = settings(dataset="imagefolder", data_dir=images, image_size=32)
-    opened = retrain.open_images(args, train=False)
+    opened = retrain.open_images(args, "val")
     (tested, _), = retrain.Batches(opened, torch.arange(14), 14, args, train=False)
     torch.testing.assert_close(inputs, tested)
     logits = network(inputs)
@@ -1409,6 +1562,13 @@ def test_readme_classifies_with_a_trained_network_and_exports_it(
     exported = torch.export.load("network.pt2").module()
     for count in (1, 2, 5):
         torch.testing.assert_close(exported(inputs[:count]), logits[:count], rtol=1e-4, atol=1e-5)
+
+def test_summary_counts_the_classes_of_a_folder(images, tmp_path):
+    argv = ["--genotype", "MDENAS_CPU", "--image-size", 32, "--summary", "--data-dir"]
+    for folder, num_classes in ((images, 2), (tmp_path, 1000)):
+        count = 4_069_992 - (1000 - num_classes) * (1432 + 1)  # the last layer has 1,432 inputs
+        assert f"{num_classes} classes, 32 pixels: {count:,} parameters" in show(
+            retrain, [*argv, folder])
 
 # ==== several processes ===========================================================================
 class Linear(nn.Linear):
@@ -1440,6 +1600,11 @@ def work(folder, images):
     assert main(retrain, "retrain", "--epochs", 3) == 0
     kill(mdenas, tiny(mdenas, images, folder / "resumed", "--batch-size", 18, "--epochs", 4), 3)
     assert main(mdenas, "resumed", "--epochs", 4, "--resume") == 0
+
+    mdenas.OPS.update(dropout_operations(mdenas))
+    argv = tiny(mdenas, images, folder / "dropout", "--batch-size", 18, "--epochs", 2)
+    assert mdenas.main(["--device", "cpu", *map(str, argv)], Drawing) == 0
+    torch.save(Dropout.drawn, folder / f"drawn_{rank}.pt")
 
     data, network = load(folder / "batch.pt"), Linear()
     network.load_state_dict(data["weights"])
@@ -1508,6 +1673,15 @@ def test_two_processes_resume_a_run_exactly_and_one_does_not(two_processes, imag
     assert_refused(mdenas, argv, folder, "processes is 1 in this command, but 2 in ")
 
 @whole_run
+def test_two_processes_sample_the_same_and_drop_other_units(two_processes):
+    folder, _ = two_processes
+    logs = [load(folder / f"dropout_{rank}.pt")["log"] for rank in (0, 1)]
+    assert [row["sample"] for row in logs[0]] == [row["sample"] for row in logs[1]]
+    drawn = [sum(load(folder / f"drawn_{rank}.pt"), []) for rank in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) > 0
+    assert not set(drawn[0]) & set(drawn[1])
+
+@whole_run
 def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(two_processes):
     folder, _ = two_processes
     data, network = load(folder / "batch.pt"), Linear()
@@ -1524,16 +1698,20 @@ def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(two_processe
     for rank in (0, 1):
         torch.testing.assert_close(load(folder / f"steps_{rank}.pt"), network.state_dict())
 
-def test_processes_compare_the_images_and_the_epochs(images, tmp_path, monkeypatch):
-    compared = {}
-    monkeypatch.setattr(mdenas, "same_everywhere", compared.update)
-    mdenas.open_images(settings(dataset="imagefolder", data_dir=images), train=True)
-    mdenas.load_checkpoint(parse(mdenas, *tiny(mdenas, images, tmp_path)), {}, {})
-    expected = {"number of images": 36, "number of epochs in --out": 0}
+@whole_run
+def test_processes_compare_images_epochs_and_samples(images, tmp_path, monkeypatch):
+    """A method that draws from an unseeded generator of NumPy has other samples in each process."""
+    compared = []
+    monkeypatch.setattr(mdenas, "same_everywhere", compared.append)
+    finish(mdenas, tiny(mdenas, images, tmp_path / "run", "--epochs", 2))
+    names = {}
     for i in range(18):
-        expected[f"image {i}"] = f"{os.sep}cats{os.sep}{i:02}.png"
-        expected[f"image {18 + i}"] = f"{os.sep}dogs{os.sep}{i:02}.png"
-    assert compared == expected
+        names[f"image {i}"] = f"{os.sep}cats{os.sep}{i:02}.png"
+        names[f"image {18 + i}"] = f"{os.sep}dogs{os.sep}{i:02}.png"
+    settings, *others = compared
+    assert settings["epochs"] == 2
+    assert others == [{"number of images": 36, **names}, {"number of epochs in --out": 0},
+                      *({"the sample": row["sample"]} for row in read_log(tmp_path / "run"))]
 
 # ==== nothing is lost =============================================================================
 @whole_run
@@ -1568,11 +1746,13 @@ def test_resume_starts_a_run_where_there_is_none(images, tmp_path):
     assert len(read_log(out)) == 12
 
 @whole_run
-def test_resume_is_exact_with_workers_drop_path_and_cutout(large_images, tmp_path):
+def test_resume_is_exact_with_workers_drop_path_and_cutout(large_images, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    recipe = {**retrain.DEFAULTS["imagenet"], "drop_path": 0.2, "cutout": 0.5}
+    monkeypatch.setitem(retrain.DEFAULTS, "imagenet", recipe)
     def argv(out, workers):
-        return tiny(retrain, large_images, out, "--image-size", 72, "--epochs", 4,
-                    "--batch-size", 4, "--workers", workers)
+        return tiny(retrain, large_images, out, "--dataset", "imagenet", "--image-size", 96,
+                    "--epochs", 4, "--batch-size", 4, "--workers", workers)
     finish(retrain, argv(whole, 1))
     kill(retrain, argv(stopped, 0), 3)
     assert len(read_log(stopped)) == 2
@@ -1728,6 +1908,16 @@ def test_help_shows_the_defaults_of_the_data_set_and_needs_no_file(script, tmp_p
         assert f"learning rate of the first epoch (default: {lr})" in text
 
 @each_script
+def test_images_above_64_pixels_are_for_the_data_set_imagenet(script, tmp_path):
+    more = ["--genotype", "random:0"] if script is retrain else ["--space", "cell"]
+    assert parse(script, "--dataset", "imagenet", "--image-size", 96, *more).image_size == 96
+    for dataset in ("imagefolder", "cifar10", "cifar100"):
+        argv = [*more, "--dataset", dataset, "--out", tmp_path / "run", "--image-size"]
+        assert parse(script, *argv, 16).image_size == 16
+        assert parse(script, *argv, 64).image_size == 64
+        assert_refused(script, [*argv, 224], tmp_path, dataset, "64", "--dataset imagenet")
+
+@each_script
 def test_bad_folders_of_images(script, tmp_path):
     argv, train = tiny(script, tmp_path, tmp_path / "run"), tmp_path / "train"
     assert_refused(script, argv, tmp_path, "--data-dir", train)
@@ -1750,8 +1940,9 @@ def test_bad_images_are_named(is_16_bits, size, workers, tmp_path):
         path.write_bytes(b"no image")
         if is_16_bits:
             Image.fromarray(np.full((90, 90), 1000, np.uint16)).save(path)
-    line = refusal(mdenas, tiny(mdenas, tmp_path, tmp_path / "run", "--image-size", size,
-                                "--batch-size", 4, "--workers", workers))
+    line = refusal(mdenas, tiny(mdenas, tmp_path, tmp_path / "run", "--dataset", "imagenet",
+                                "--space", "cell", "--image-size", size, "--batch-size", 4,
+                                "--workers", workers))
     train = re.escape(str(tmp_path / "train"))
     assert re.fullmatch(rf"error: {train}.\w+.\d+\.png cannot be read as an image: .*", line), line
 
