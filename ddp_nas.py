@@ -81,9 +81,8 @@ class DynamicDistribution:
         self.check_running()
         step = self.epoch % self.num_alive
         if step == 0:  # a new pass: on each edge its own permutation of the alive operations
-            keys = torch.rand(self.alive.shape, generator=self.rng)
-            keys[~self.alive] = math.inf  # the pruned ones come last, and are cut off
-            self.order = keys.argsort(1)[:, :self.num_alive]
+            keys = torch.rand(self.alive.shape, generator=self.rng) + 2 * ~self.alive
+            self.order = keys.argsort(1)[:, :self.num_alive]  # the pruned ones would come last
         return self.order[:, step].tolist()
 
     def record(self, sample, accuracy):

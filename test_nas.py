@@ -260,20 +260,17 @@ def test_distribution_goes_on_from_its_state_and_the_seed_decides(script, stop):
     assert drive(second, measure, 27 - stop) == history[stop:]
     assert torch.equal(second.probabilities, whole.probabilities)
 
-@pytest.mark.parametrize("sample", [
-    [2, 0, 1], (2, 0, 1), np.array([2, 0, 1]), torch.tensor([2, 0, 1]),
-    [np.int8(2), 0, torch.tensor(1)]], ids=str)
-def test_distribution_may_sample_integers_of_any_type(sample):
-    checked = ddp_nas.check_sample(sample, 3, 3)
-    assert checked == [2, 0, 1]
-    assert [type(choice) for choice in checked] == [int, int, int]
-
-@pytest.mark.parametrize("sample, error", [
-    ([0, 1, 0.9], TypeError), (np.array([0.0, 1.0, 2.0]), TypeError), ([0, 1], ValueError),
-    ([0, 1, 2, 0], ValueError), ([0, 1, -1], ValueError), ([0, 1, 3], ValueError)], ids=str)
-def test_distribution_may_sample_nothing_else(sample, error):
-    with pytest.raises(error):
-        ddp_nas.check_sample(sample, 3, 3)
+def test_distribution_may_sample_integers_of_any_type_and_nothing_else():
+    for sample in ([2, 0, 1], (2, 0, 1), np.array([2, 0, 1]), torch.tensor([2, 0, 1]),
+                   [np.int8(2), 0, torch.tensor(1)]):
+        checked = ddp_nas.check_sample(sample, 3, 3)
+        assert checked == [2, 0, 1]
+        assert [type(choice) for choice in checked] == [int, int, int]
+    for sample, error in (([0, 1, 0.9], TypeError), (np.array([0.0, 1.0, 2.0]), TypeError),
+                          ([0, 1], ValueError), ([0, 1, 2, 0], ValueError),
+                          ([0, 1, -1], ValueError), ([0, 1, 3], ValueError)):
+        with pytest.raises(error):
+            ddp_nas.check_sample(sample, 3, 3)
 
 # ==== from scores to cells ========================================================================
 OPS = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5",
@@ -1340,14 +1337,6 @@ def test_an_option_cannot_take_the_name_of_a_setting(name):
     with pytest.raises(ValueError, match=f"the name {name},"):
         ddp_nas.parse_args([], {name: (1, "an option")}, "own")
 
-def test_names_with_brackets_are_quoted_in_the_picture_of_a_cell():
-    names = ["conv(3x3)", "conv[3]", "3x3@2", "a|b", "{c}", "d", "e", "f"]
-    pairs = [(name, i % 2) for i, name in enumerate(names)]
-    picture = ddp_nas.draw_cells(ddp_nas.Genotype(pairs, range(2, 6), pairs, range(2, 6)))
-    arrows = [line.strip() for line in picture.splitlines() if "-->|" in line]
-    expected = [f'{i % 2} -->|"{name}"| {2 + i // 2}' for i, name in enumerate(names)]
-    assert arrows == 2 * expected
-
 @whole_run
 @each_script
 def test_a_torch_without_torch_distributed_is_enough(script, images, tmp_path, monkeypatch):
@@ -1879,7 +1868,6 @@ def test_options_out_of_range(script, images, tmp_path):
               mdenas: [("alpha", -0.1)], retrain: [("epochs", 0)]}[script]
     for name, value in wrong:
         assert_refused(script, [*argv, f"--{name}", value], tmp_path, f"--{name}")
-    assert_refused(script, [*argv, "--dataset", "cifar10", "--image-size", 16], tmp_path, "CIFAR")
     chain = ["--genotype", "random:0:gpu"] if script is retrain else ["--space", "mobile"]
     assert_refused(script, [*argv, *chain], tmp_path, "--channels 2 --cells 3")
     if script is mdenas:
@@ -2019,7 +2007,7 @@ def test_what_two_scripts_define_is_the_same_to_the_character(scripts):
 def test_the_searches_differ_little_and_keep_their_state_in_the_same_way():
     differing = Counter(TEXTS[ddp_nas].splitlines())
     differing.subtract(Counter(TEXTS[mdenas].splitlines()))
-    assert 0 < sum(abs(count) for count in differing.values()) <= 120
+    assert 0 < sum(abs(count) for count in differing.values()) <= 112
     methods = [text[text.index("    def state_dict(self)"):text.index("def check_accuracy")]
                for text in (TEXTS[ddp_nas], TEXTS[mdenas])]
     assert methods[0] == methods[1] and "def load_state_dict" in methods[0]
