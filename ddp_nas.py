@@ -736,10 +736,7 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs.
-
-    A new run makes its log here, which no two runs can do.
-    """
+    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
     path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
