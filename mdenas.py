@@ -221,7 +221,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):
         x = F.relu(x)
-        # Strided by a slice: strided 1x1 convs corrupt memory in torch 2.14, with two CPU threads.
+        # Strided by a slice: on a CPU, strided 1x1 convs crash torch 2.14's backward pass.
         halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
         return self.bn(torch.cat(halves, 1))
 
@@ -520,11 +520,9 @@ def shift_and_flip(images, g):
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
     y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
     mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    image, pixel = torch.arange(count, device=y.device), torch.arange(size, device=y.device)
-    rows, columns = y[:, None] + pixel, x[:, None] + pixel                       # (B, S)
-    crops = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, S, S, 3)
-    crops = crops.permute(0, 3, 1, 2)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # all, by y and x: (B, 3, Y, X, S, S)
+    crops = windows[torch.arange(count, device=y.device), :, y, x]  # one an image: (B, 3, S, S)
     return torch.where(mirrored, crops.flip(3), crops)
 
 class Batches:

@@ -1305,6 +1305,18 @@ class Drawing(mdenas.MultinomialDistribution):
     def best(self):
         return (self.probabilities + torch.rand(self.probabilities.shape)).argmax(1)
 
+def assert_same_run(a, b):
+    """Every file of two runs, the times aside."""
+    assert files(a).keys() == {a / path.name for path in files(b)}
+    assert read_log(a) == read_log(b)
+    for path in a.iterdir():
+        if path.suffix == ".pt":
+            one, other = load(path), load(b / path.name)
+            assert len(one.pop("log")) == len(other.pop("log"))
+            assert same(one, other), path
+        elif path.suffix in (".json", ".md"):
+            assert path.read_text() == (b / path.name).read_text()
+
 @whole_run
 @pytest.mark.parametrize("script, more", [(ddp_nas, {}), (mdenas, {"distribution_class": Drawing})])
 def test_chance_belongs_to_an_epoch_and_validation_drops_nothing(
@@ -1337,6 +1349,12 @@ def test_an_option_cannot_take_the_name_of_a_setting(name):
     with pytest.raises(ValueError, match=f"the name {name},"):
         ddp_nas.parse_args([], {name: (1, "an option")}, "own")
 
+def import_text(script, text):
+    """The text, in place of that of the script, as a module."""
+    module = types.ModuleType(script.METHOD)
+    exec(compile(text, script.METHOD, "exec"), vars(module))
+    return module
+
 @whole_run
 @each_script
 def test_a_torch_without_torch_distributed_is_enough(script, images, tmp_path, monkeypatch):
@@ -1345,8 +1363,7 @@ def test_a_torch_without_torch_distributed_is_enough(script, images, tmp_path, m
     absent.is_available = lambda: False
     monkeypatch.setattr(torch, "distributed", absent)
     monkeypatch.setitem(sys.modules, "torch.distributed", absent)
-    loaded = types.ModuleType(script.METHOD)
-    exec(compile(TEXTS[script], script.METHOD, "exec"), vars(loaded))
+    loaded = import_text(script, TEXTS[script])
     assert loaded.dist is absent
     finish(loaded, tiny(script, images, tmp_path / "run"))
     assert len(read_log(tmp_path / "run")) == NUM_EPOCHS[script]
@@ -1642,18 +1659,6 @@ def test_two_processes_hold_the_same_and_one_tells_it(script, num_epochs, two_pr
         right = [row["accuracy"] * 18 for row in log]
         assert np.allclose(right, np.round(right)) and 9 < max(right) <= 18  # counted on both
 
-def assert_same_run(a, b):
-    """Every file of two runs, the times aside."""
-    assert files(a).keys() == {a / path.name for path in files(b)}
-    assert read_log(a) == read_log(b)
-    for path in a.iterdir():
-        if path.suffix == ".pt":
-            one, other = load(path), load(b / path.name)
-            assert len(one.pop("log")) == len(other.pop("log"))
-            assert same(one, other), path
-        elif path.suffix in (".json", ".md"):
-            assert path.read_text() == (b / path.name).read_text()
-
 @whole_run
 def test_two_processes_resume_a_run_exactly_and_one_does_not(two_processes, images):
     folder, _ = two_processes
@@ -1697,8 +1702,8 @@ def test_processes_compare_images_epochs_and_samples(images, tmp_path, monkeypat
     for i in range(18):
         names[f"image {i}"] = f"{os.sep}cats{os.sep}{i:02}.png"
         names[f"image {18 + i}"] = f"{os.sep}dogs{os.sep}{i:02}.png"
-    settings, *others = compared
-    assert settings["epochs"] == 2
+    of_the_run, *others = compared
+    assert of_the_run["epochs"] == 2
     assert others == [{"number of images": 36, **names}, {"number of epochs in --out": 0},
                       *({"the sample": row["sample"]} for row in read_log(tmp_path / "run"))]
 
@@ -2089,9 +2094,7 @@ def test_readme_finds_better_than_random_search_where_accuracies_add_up(
 def import_changed(script, old, new):
     """The script as a module, with this change of its text."""
     assert TEXTS[script].count(old) == 1
-    module = types.ModuleType(script.METHOD)
-    exec(compile(TEXTS[script].replace(old, new), script.METHOD, "exec"), vars(module))
-    return module
+    return import_text(script, TEXTS[script].replace(old, new))
 
 def test_readme_coursework_prints_the_regret_of_both_methods(capsys):
     assert COURSEWORK.count("200") == 2
