@@ -1070,7 +1070,8 @@ def parse_args(argv):
         add("--channels", type=at_least(2), help="C, the channels of the first cell")
         add("--cells", type=at_least(3), help="number of cells")
     add("--epochs", type=at_least(1), help="number of training epochs")
-    add("--compile", action="store_true", help="use torch.compile")
+    add("--compile", action="store_true",
+        help="use torch.compile: the first epoch takes minutes longer")
     add_arguments(parser, defaults, METHOD)
     parser.set_defaults(**defaults)  # the rest of the recipe, too, which has no options
     args = parser.parse_args(argv)

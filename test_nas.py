@@ -1435,6 +1435,22 @@ def test_drop_path_grows_with_the_epochs_of_the_large_setting(images, tmp_path, 
     np.testing.assert_allclose(seen, [(0, 0), (1, 0.05), (2, 0.1), (3, 0.15)])
 
 @whole_run
+def test_torch_compile_compiles_once_for_all_epochs(images, tmp_path, monkeypatch):
+    """Each graph is run as Python finds it: code in C++ or Triton would take minutes to make."""
+    graphs, compile_module = [], nn.Module.compile
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile",
+                        lambda network: compile_module(network, backend=backend))
+    logs = []
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        finish(retrain, tiny(retrain, images, tmp_path / name, "--epochs", 4, *more))
+        logs.append([list(row.values()) for row in read_log(tmp_path / name)])
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-4)
+    assert 0 < len(graphs) <= 3  # to train, to test, and to test the last, smaller batch
+
+@whole_run
 def test_imagenet_decay_spares_the_norms_of_blocks_and_the_rate_follows_batch_and_epoch(
         short_backbone, images, tmp_path):
     argv = ["--dataset", "imagenet", "--data-dir", images, "--workers", 0,
