@@ -1015,15 +1015,14 @@ def choose_genotype(name, weights, asks_help):
     checkpoint of ours, which brings its genotype, too.
     """
     saved = read_weights(weights)[1] if weights else {}  # {} if it is not a checkpoint of ours
+    if name is None and weights is None:
+        name = "random:0" if asks_help else "runs/ddp_nas/genotype.json"  # --help needs no file
     if name is not None:
         genotype, origin = load_genotype(name)
     elif saved:
         name, genotype = str(weights), parse_genotype(saved["genotype"])
-    elif weights:
-        raise UserError(f"--evaluate {weights}: of which network? Add --genotype")
     else:
-        name = "random:0" if asks_help else "runs/ddp_nas/genotype.json"  # --help needs no file
-        genotype, origin = load_genotype(name)
+        raise UserError(f"--evaluate {weights}: of which network? Add --genotype")
     if saved:
         keys = ("dataset", "image_size", "channels", "cells", "seed")
         origin = {key: saved[key] for key in keys}
