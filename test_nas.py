@@ -1608,9 +1608,9 @@ def work(folder, images):
     ddp_nas.start_processes(Namespace(device="cpu", dataset="", method=""))  # for all that follows
     dist.init_process_group = dist.destroy_process_group = lambda *args: None
 
-    def main(script, out, *more, space="cell"):
+    def main(script, out, *more, space="cell", **own):
         argv = tiny(script, images, folder / out, "--batch-size", 18, *more, space=space)
-        return script.main(["--device", "cpu", *map(str, argv)])
+        return script.main(["--device", "cpu", *map(str, argv)], **own)
     for script in SCRIPTS:
         def save_and_tell(args, settings, parts, log, save=script.save_checkpoint):
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -1624,8 +1624,7 @@ def work(folder, images):
     assert main(mdenas, "resumed", "--epochs", 4, "--resume") == 0
 
     mdenas.OPS.update(dropout_operations(mdenas))
-    argv = tiny(mdenas, images, folder / "dropout", "--batch-size", 18, "--epochs", 2)
-    assert mdenas.main(["--device", "cpu", *map(str, argv)], Drawing) == 0
+    assert main(mdenas, "dropout", "--epochs", 2, distribution_class=Drawing) == 0
     torch.save(Dropout.drawn, folder / f"drawn_{rank}.pt")
 
     data, network = load(folder / "batch.pt"), Linear()
