@@ -1,23 +1,26 @@
 """Dynamic Distribution Pruning for Efficient Network Architecture Search (arXiv:1905.13543).
 
-    python ddp_nas.py                      # synthetic images, one or two minutes on a CPU core
+    python ddp_nas.py                      # synthetic images, about a minute on a CPU core
     python ddp_nas.py --dataset cifar10    # the paper's search on CIFAR-10
     python ddp_nas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
-The network is a stack of copies of two cells, one of which halves the image, or a chain of blocks.
-In a cell, an edge applies an operation to the output of an earlier node, and a node adds up its
-edges. An architecture picks one of K operations for each of E edges; a block of a chain counts as
-an edge. One epoch of search samples an architecture, trains the shared weights along that single
-path on one half of the training images, and measures the accuracy of the path on the other half.
-Once every remaining operation was sampled T times, each edge loses the operation with the lowest
-score. The survivors are the result.
+A cell is a small graph: an edge applies an operation to the output of an earlier node, and a node
+adds up its edges. The network is a stack of copies of two cells, normal and reduction. A reduction
+cell also halves the image. For ImageNet the network is a chain of blocks, each of which counts as
+an edge. A path picks one of K operations for each of the E edges.
 
-What this script shares with mdenas.py and retrain.py is the same to the character.
+An epoch of the search samples a path, trains its weights on one half of the training images, and
+measures its accuracy on the other half. Once every operation that is left was sampled T times, each
+edge loses the one with the lowest score. The last operation on each edge is the result.
+
+This script and mdenas.py are the same to the character, except for the settings, the distribution,
+and a few lines of search() and main().
 """
-import argparse, functools, io, json, math, operator, os, sys, time
-from collections import namedtuple
+import argparse, io, json, math, operator, os, random, sys, time
+from collections import Counter, namedtuple
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
@@ -25,6 +28,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
+# ==== settings ====================================================================================
 METHOD = "ddp_nas"
 OPTIONS = {  # of the distribution: name -> (default, help)
     "passes": (3, "T: how often each operation is sampled before one is pruned")}
@@ -34,98 +38,96 @@ DEFAULTS = {  # by data set
     "cifar10": PAPER, "cifar100": PAPER, "imagefolder": PAPER,
     "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
-LR_MIN = 0.001                        # learning rate in the end; MdeNAS: 0, and 6 cells
+LR_MIN = 0.001                        # learning rate at the end of the search
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
 CLIP = 5.0                            # the largest norm of a gradient
 
 # ==== the distribution ============================================================================
 class DynamicDistribution:
-    """E independent categorical distributions over K operations, pruned as they learn.
+    """The operations that are left on each of E edges, and theta, a score of every operation.
 
-    A round is T passes of k epochs. A pass samples each of the k operations left on an edge once,
-    in random order. At the end of the round, theta (E, K), the score of every operation, becomes
+    A round, with k operations left on every edge, is T passes of k epochs. In a pass each edge goes
+    through its k operations once, in random order. Let a_t(o) be the accuracy of the path that had
+    operation o on an edge in pass t. At the end of the round every edge updates its theta,
 
-        theta <- mean_over_passes(softmax_over_operations(100 accuracy)) + decay * theta
+        theta(o) <- 1/T sum_t softmax_o(100 a_t(o)) + decay * theta(o)
 
-    and on every edge the operation with the smallest theta is pruned. The softmax takes the
-    accuracy in percent: that is the 100. Theta decides what is pruned, not what is sampled.
+    with a softmax over its k operations, and the one with the smallest theta is pruned, for good.
+    Theta decides what is pruned. All that is left is sampled equally often.
+
+    scores (E, K): theta, 1 / K at the start. In the found cell a node keeps its 2 best edges.
     """
     def __init__(self, num_edges, num_ops, passes=3, decay=0.5, seed=0):
         self.passes, self.decay = passes, decay  # T, and how much of the old theta stays
-        self.total_epochs = passes * (num_ops * (num_ops + 1) // 2 - 1)  # T (K + ... + 3 + 2)
-        self.num_alive = num_ops                 # k
-        self.alive = torch.ones(num_edges, num_ops, dtype=torch.bool)
-        self.theta = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
-        self.accuracies = torch.zeros(passes, num_edges, num_ops, dtype=torch.float64)  # this round
-        self.order = torch.zeros(num_edges, num_ops, dtype=torch.int64)  # (E, k), of this pass
-        self.epoch = 0                           # in this round, of T k
-        self.rng = torch.Generator().manual_seed(seed)
+        self.total_epochs = passes * sum(range(2, num_ops + 1))  # T (K + ... + 3 + 2)
+        self.scores = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
+        self.rng = random.Random(seed)
+        # What is left on each edge. It is shuffled, so that chance decides between equal scores.
+        self.alive = [self.rng.sample(range(num_ops), num_ops) for _ in range(num_edges)]
+        self.queue = []    # the samples of this pass that are not recorded yet
+        self.history = []  # of this round: (sample, accuracy)
 
     @property
     def probabilities(self):
-        """(E, K): theta over the alive operations only; rows sum to 1. Not sampled from."""
-        theta = self.theta * self.alive
-        return theta / theta.sum(1, keepdim=True)
-
-    @property
-    def scores(self):
-        """(E, K): theta. In the found cell, the 2 edges of the highest scores enter a node."""
-        return self.theta
+        """(E, K): theta of what is left, 0 for what was pruned; rows sum to 1. To be printed."""
+        left = torch.zeros_like(self.scores)
+        for edge, alive in enumerate(self.alive):
+            left[edge, alive] = self.scores[edge, alive]
+        return left / left.sum(1, keepdim=True)
 
     def best(self):
-        """The alive operation of the highest score on every edge, a list of E indices."""
-        return self.probabilities.argmax(1).tolist()
+        """The operation of the highest theta of what is left on every edge, E indices."""
+        return [max(alive, key=lambda op: theta[op])
+                for alive, theta in zip(self.alive, self.scores.tolist())]
 
     def sample(self):
-        """The architecture of the next epoch: an operation for every edge, a list of E indices."""
-        self.check_running()
-        step = self.epoch % self.num_alive
-        if step == 0:  # a new pass: on each edge its own permutation of the alive operations
-            keys = torch.rand(self.alive.shape, generator=self.rng) + 2 * ~self.alive
-            self.order = keys.argsort(1)[:, :self.num_alive]  # the pruned ones would come last
-        return self.order[:, step].tolist()
+        """The path of the next epoch, an operation for every edge: a list of E indices."""
+        if len(self.alive[0]) == 1:
+            raise ValueError("the search is over: each edge has one operation left, see best()")
+        if not self.queue:  # a new pass
+            orders = [self.rng.sample(alive, len(alive)) for alive in self.alive]
+            self.queue = list(zip(*orders))
+        return list(self.queue[0])
 
     def record(self, sample, accuracy):
         """Take in the accuracy, in [0, 1], of the last sample; at the end of a round, prune."""
-        self.check_running()
         check_accuracy(accuracy)
-        edges, this_pass = torch.arange(len(sample)), self.epoch // self.num_alive
-        self.accuracies[this_pass, edges, sample] = accuracy
-        self.epoch += 1
-        if self.epoch == self.passes * self.num_alive:  # the round is over
-            percent = (100 * self.accuracies).masked_fill(~self.alive, -math.inf)  # (T, E, K)
-            self.theta = percent.softmax(2).mean(0) + self.decay * self.theta
-            weakest = self.theta.masked_fill(~self.alive, math.inf).argmin(1)      # (E,)
-            self.alive[edges, weakest] = False  # pruned, for good
-            self.num_alive -= 1
-            self.epoch = 0
+        if not self.queue or tuple(sample) != self.queue[0]:
+            raise ValueError("record() takes the sample that sample() gave last")
+        self.history.append((self.queue.pop(0), float(accuracy)))
+        if len(self.history) == self.passes * len(self.alive[0]):
+            self.prune()
+            self.history = []
 
-    def check_running(self):
-        if self.num_alive == 1:
-            raise ValueError("the search is over: each edge has one operation left, see best()")
+    def prune(self):
+        """Update theta from the history of a round, and prune an operation on every edge."""
+        k = len(self.alive[0])
+        passes = [self.history[start:start + k] for start in range(0, len(self.history), k)]
+        theta = self.scores.tolist()
+        for edge, alive in enumerate(self.alive):
+            theta[edge] = [self.decay * old for old in theta[edge]]
+            for one_pass in passes:
+                total = sum(math.exp(100 * accuracy) for _, accuracy in one_pass)
+                for sample, accuracy in one_pass:
+                    theta[edge][sample[edge]] += math.exp(100 * accuracy) / total / self.passes
+            alive.remove(min(alive, key=lambda op: theta[edge][op]))
+        self.scores = torch.tensor(theta, dtype=torch.float64)
 
     def state_dict(self):
         """Every attribute, the state of the random generator included; a checkpoint holds it.
 
         The attributes of a subclass must be tensors, numbers, strings, lists or dicts.
         """
-        return {**vars(self), "rng": self.rng.get_state()}
+        return {**vars(self), "rng": self.rng.getstate()}
 
     def load_state_dict(self, state):
         """Go on from a state_dict()."""
-        self.rng.set_state(state["rng"])
+        self.rng.setstate(state["rng"])
         vars(self).update({**state, "rng": self.rng})
 
 def check_accuracy(accuracy):
     if not 0 <= accuracy <= 1:  # NaN fails this, too
         raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
-
-def check_sample(sample, num_edges, num_ops):
-    """E indices of any integer type -> a list of E ints; an error for anything else."""
-    sample = [operator.index(choice) for choice in sample]  # a TypeError for 0.9
-    if len(sample) != num_edges or not set(sample) <= set(range(num_ops)):
-        raise ValueError(f"a sample is {num_edges} indices from 0 to {num_ops - 1}, not {sample}")
-    return sample
 
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
@@ -136,33 +138,34 @@ def train_epoch(network, optimizer, batches, sample):
     network.train()
     weights = list(network.parameters())
     device = weights[0].device
-    totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
+    sum_losses = sum_norms = torch.zeros((), device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
             loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()  # to None, so that SGD skips the weights off the path
+        # Sets gradients to None: weights off the path get none, and the optimizer skips them.
+        optimizer.zero_grad()
         loss.backward()
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
-    return finite_mean(totals, len(batches))
+        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
+        sum_norms = sum_norms + norm
+    return finite_mean(sum_losses, sum_norms, len(batches))
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
     network.eval()
     device = next(network.parameters()).device
-    totals = torch.zeros(2, device=device)  # correct images, all images
+    num_images, num_correct = 0, torch.zeros((), device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
-        totals[0] += (logits.argmax(1) == labels).sum()
-        totals[1] += len(labels)
-    average_over_processes([totals])  # the ratio of the means is that of the sums
-    num_correct, num_images = totals.tolist()
-    return num_correct / num_images
+        num_images += len(labels)
+        num_correct += (logits.argmax(1) == labels).sum()
+    average_over_processes([num_correct])  # each of which has as many images
+    return num_correct.item() / num_images
 
 # ==== the search ==================================================================================
 def split_training_images(args):
@@ -174,15 +177,15 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    size = len(validation) // num_batches
-    size -= size % WORLD_SIZE  # every process gets as many
+    batch_size = len(validation) // num_batches
+    batch_size -= batch_size % WORLD_SIZE  # every process gets as many
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
-            Batches(dataset, validation[:num_batches * size], size, args, train=False))
+            Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
 
 def search(args, distribution):
-    """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
+    """Run the distribution to its end, a path an epoch, and write the architecture to --out."""
     dataset, train_half, validation_half = split_training_images(args)
-    torch.manual_seed(args.seed)  # of the initial weights, the same in every process
+    torch.manual_seed(args.seed)  # the same initial weights in every process
     network = build_supernet(args, num_classes=len(dataset.classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -191,21 +194,14 @@ def search(args, distribution):
                 "operations": list(OPS)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule,
                  distribution=distribution)
-    log = load_checkpoint(args, settings, parts)
+    log = load_checkpoint(args, settings, parts)  # empty, unless --resume finds a checkpoint
 
-    num_edges, num_ops = distribution.probabilities.shape
-    for epoch in range(len(log), distribution.total_epochs):  # --resume: from the log's end
+    for epoch in range(len(log), distribution.total_epochs):
         start = time.perf_counter()
         num_alive = count_alive(distribution)
-        # What is random depends on the seed and the epoch alone, so that --resume repeats it.
-        torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)  # of sample() and record()
-        sample = check_sample(distribution.sample(), num_edges, num_ops)
-        same_everywhere({"the sample": sample})
-        train_half.epoch = epoch
-        with torch.random.fork_rng(devices=[]):  # dropout differs between processes
-            torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
-            loss = train_epoch(network, optimizer, train_half, sample)
-            accuracy = evaluate(network, validation_half, sample)
+        sample = begin_epoch(args, epoch, distribution, train_half)
+        loss = train_epoch(network, optimizer, train_half, sample)
+        accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
         schedule.step()
         log.append({"epoch": epoch + 1, "alive": num_alive, "sample": sample, "loss": loss,
@@ -213,21 +209,20 @@ def search(args, distribution):
         save_checkpoint(args, settings, parts, log)
         print_epoch(log, distribution.total_epochs, f"accuracy {accuracy:.2%}",
                     train_half.num_images + validation_half.num_images)
-        if count_alive(distribution) < num_alive:  # a round has ended
+        if count_alive(distribution) < num_alive or len(log) == distribution.total_epochs:
             print_distribution(distribution.probabilities, args)
 
-    torch.manual_seed(args.seed)  # of best()
-    best = check_sample(distribution.best(), num_edges, num_ops)
+    best = check_sample(distribution.best(), *distribution.probabilities.shape)
     accuracy = evaluate(network, validation_half, best)
-    write_results(args, settings, best, distribution.scores, accuracy)
+    write_results(args, settings, log, best, distribution.scores, accuracy)
 
 def count_alive(distribution):
     """k, the largest number of operations that an edge can still choose from."""
     return (distribution.probabilities > 0).sum(1).max().item()
 
 # ==== operations ==================================================================================
-NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
-NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
+NODES = range(2, 6)     # of a cell; 0 and 1 are its inputs. An edge comes from every earlier number
+NUM_EDGES = sum(NODES)  # of a cell, 2 + 3 + 4 + 5, sorted by node, then by source
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -246,18 +241,22 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        x = F.relu(x)
-        # Strided by a slice: on a CPU, strided 1x1 convs crash torch 2.14's backward pass.
-        halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
-        return self.bn(torch.cat(halves, 1))
+        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
+        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+        return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
 def relu_conv_bn(c_in, c_out, norm):
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
+    relu = nn.ReLU()
+    if stride == dilation == 2:  # reads every second pixel alone, as a plain conv of these does
+        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)
+        stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
-    return nn.Sequential(nn.ReLU(), depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return nn.Sequential(relu, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
@@ -276,11 +275,20 @@ OPS = {  # the space of cells: the candidates of an edge
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
 
-# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node. The
-# sources 0 and 1 are the inputs of the cell, 2 to 5 its nodes, of which the output is made.
+def dense_gradient(x):
+    """x, whose gradient will be copied out of the wider one that torch.cat hands back.
+
+    On a CPU, BatchNorm's backward pass is 7 to 85 times slower for a slice than for the copy.
+    """
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
+
+# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node; the
+# output of a cell is made of the nodes in concat.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
+# The space of chains: the candidates of a block, (kernel, expansion), and two backbones: (output
 # channels, stride) of every block, and the width of the head.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 BACKBONES = {
@@ -291,7 +299,7 @@ BACKBONES = {
              (216, 1), (216, 1), (360, 1)], 1432),
 }
 
-conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
+conv_bn_relu6 = partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
 
 class MBConv(nn.Sequential):
     """Inverted residual block: 1x1 expand (not where the ratio is 1), depthwise, 1x1 project."""
@@ -308,19 +316,19 @@ class MBConv(nn.Sequential):
 
 # ==== supernets ===================================================================================
 # BatchNorms keep no running statistics: a mean shared by many paths would describe none of them.
-SupernetNorm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
+SupernetNorm = partial(nn.BatchNorm2d, track_running_stats=False)
 
 class SupernetCell(nn.Module):
     def __init__(self, c_prev_prev, c_prev, c, reduction, reduction_prev):
         super().__init__()
-        norm = functools.partial(SupernetNorm, affine=False)
+        norm = partial(SupernetNorm, affine=False)  # the authors' choice, as in DARTS
         self.reduction = reduction
         preprocess = FactorizedReduce if reduction_prev else relu_conv_bn
         self.preprocess0 = preprocess(c_prev_prev, c, norm)
         self.preprocess1 = relu_conv_bn(c_prev, c, norm)
         self.edges = nn.ModuleList()  # (14, 8)
-        for node in range(NUM_NODES):
-            for source in range(2 + node):
+        for node in NODES:
+            for source in range(node):
                 stride = 2 if reduction and source < 2 else 1
                 self.edges.append(nn.ModuleList(op(c, stride, norm) for op in OPS.values()))
 
@@ -328,19 +336,20 @@ class SupernetCell(nn.Module):
         """s0, s1: outputs of the last two cells, older first; sample (14,) -> (B, 4 C, H, W)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
-        for _ in range(NUM_NODES):
+        for node in NODES:
             values = []
-            for state in states:
+            for source in range(node):
                 operation = self.edges[edge][sample[edge]]
-                values.append(operation(state))
+                values.append(operation(states[source]))
                 edge += 1
-            states.append(sum(values))
+            states.append(dense_gradient(sum(values)))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
     """A stack of cells. sample (28,): 14 edges of the normal, 14 of the reduction cells."""
     def __init__(self, channels, num_cells, num_classes):
         super().__init__()
+        # Channels of the nodes of a cell, and of the outputs of the last cell and the one before.
         c, c_prev, c_prev_prev = channels, 3 * channels, 3 * channels
         reduction_prev = False
         stem = nn.Conv2d(3, c_prev, 3, padding=1, bias=False)
@@ -350,7 +359,7 @@ class CellSupernet(nn.Module):
             reduction = i in (num_cells // 3, 2 * num_cells // 3)
             c = 2 * c if reduction else c
             self.cells.append(SupernetCell(c_prev_prev, c_prev, c, reduction, reduction_prev))
-            c_prev_prev, c_prev, reduction_prev = c_prev, NUM_NODES * c, reduction
+            c_prev_prev, c_prev, reduction_prev = c_prev, len(NODES) * c, reduction
         self.linear = nn.Linear(c_prev, num_classes)
 
     def forward(self, images, sample):
@@ -365,7 +374,7 @@ class MobileSupernet(nn.Module):
     """A chain of MBConv blocks. sample (14 or 20,): the candidate of every block."""
     def __init__(self, backbone, num_classes):
         super().__init__()
-        norm = functools.partial(SupernetNorm, eps=1e-3)
+        norm = partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
         c_in = 40  # as in the authors' code
         self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
@@ -391,33 +400,38 @@ def build_supernet(args, num_classes):
         network = MobileSupernet(args.backbone, num_classes)
     return network.to(args.device, memory_format=torch.channels_last)
 
-def derive_cells(best, scores):
+# ==== from scores to cells ========================================================================
+def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
-    A node keeps its 2 edges of the highest scores. Where the best operation is `none`, the other
-    operation of the highest score, pruned or not, takes its place.
+    A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
+    `none`, the other one of the highest score, pruned or not, takes its place. Chance decides
+    between equals.
     """
-    names, cells, edge = list(OPS), [], 0
-    others = [op for op, name in enumerate(names) if name != "none"]
-    for _ in ("normal", "reduce"):
+    draw = random.Random(seed)
+    names, scores = list(OPS), scores.tolist()
+    edge, cells = 0, []
+    for _ in range(2):  # the normal cell, the reduction cell
         pairs = []
-        for node in range(NUM_NODES):
-            incoming = []
-            for source in range(2 + node):
+        for node in NODES:
+            operations, strengths = [], []  # of the edge from each source
+            for source in range(node):
                 op = best[edge]
                 if names[op] == "none":
-                    op = others[scores[edge, others].argmax()]
-                incoming.append((scores[edge, op].item(), source, names[op]))
+                    others = [other for other in range(len(names)) if names[other] != "none"]
+                    op = max(others, key=lambda other: (scores[edge][other], draw.random()))
+                operations.append(names[op])
+                strengths.append(scores[edge][op])
                 edge += 1
-            strongest = sorted(incoming)[-2:]  # of equal scores, the later source
-            strongest.sort(key=lambda item: item[1])
-            pairs += [(name, source) for _, source, name in strongest]
+            by_strength = sorted(range(node), key=lambda i: (strengths[i], draw.random()))
+            pairs += [(operations[source], source) for source in sorted(by_strength[-2:])]
         cells.append(pairs)
     normal, reduce = cells
-    return Genotype(normal, range(2, 2 + NUM_NODES), reduce, range(2, 2 + NUM_NODES))
+    return Genotype(normal, NODES, reduce, NODES)
 
 # ==================================================================================================
-# Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
+# Nothing of the papers stands below, but for shift_and_flip, their augmentation: images, batches,
+# processes, files, what the user sees, arguments, main
 
 # ==== images ======================================================================================
 class UserError(Exception):
@@ -630,9 +644,34 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
     settings = run_settings(args)
     print0(", ".join(f"{name} {value}" for name, value in settings.items()))
     same_everywhere(settings)
+
+def begin_epoch(args, epoch, distribution, batches):
+    """Draw the sample of an epoch, and seed all else that is random in it -> the sample.
+
+    All of it follows from --seed and the epoch, so that --resume repeats it:
+    - the sample, which a method may draw from torch's generator, the same in every process;
+    - the order of the images, their shifts and flips: the batches draw them from a generator of
+      their own, the same in every process;
+    - dropout in an operation: torch's generator, from here on another one in every process. So a
+      method's record() and best() should draw from a generator of the method, if at all.
+    """
+    torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)
+    sample = check_sample(distribution.sample(), *distribution.probabilities.shape)
+    same_everywhere({"the sample": sample})
+    batches.epoch = epoch
+    torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
+    return sample
+
+def check_sample(sample, num_edges, num_ops):
+    """E indices of any integer type -> a list of E ints; an error for anything else."""
+    sample = [operator.index(choice) for choice in sample]  # a TypeError for 0.9
+    if len(sample) != num_edges or not set(sample) <= set(range(num_ops)):
+        raise ValueError(f"a sample is {num_edges} indices from 0 to {num_ops - 1}, not {sample}")
+    return sample
 
 def same_everywhere(facts):
     """Raise a UserError on a machine that has other facts, a dict, than that of process 0."""
@@ -661,11 +700,11 @@ def average_gradients(weights):
     if WORLD_SIZE > 1:
         average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
-def finite_mean(totals, num_steps):
-    """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""
-    average_over_processes([totals])
-    loss, norm = (totals / num_steps).tolist()
-    if not math.isfinite(loss + norm):
+def finite_mean(sum_losses, sum_norms, num_steps):
+    """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
+    average_over_processes([sum_losses, sum_norms])
+    loss = sum_losses.item() / num_steps
+    if not math.isfinite(loss + sum_norms.item()):
         raise UserError(f"the loss, {loss}, or a gradient is not finite: start again in another "
                         "--out with a smaller --lr")
     return loss
@@ -693,7 +732,7 @@ def make_out(args):
     held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or add --resume to continue its run, or to begin it again")
+                        "folder, or add --resume to go on with its run")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -768,8 +807,8 @@ def print_epoch(log, total_epochs, measured, num_images):
 def print_distribution(probabilities, args):
     """A row for each edge of probabilities (E, K): denser is closer to the row's best, x is 0."""
     columns = [name[:3] + name[-1] if name[-1].isdigit() else name[:4] for name in OPS]
-    rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
-            for node in range(NUM_NODES) for source in range(2 + node)]
+    rows = [f"{cell} {node} <- {source}" for cell in ("normal", "reduce")
+            for node in NODES for source in range(node)]
     if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
@@ -790,20 +829,24 @@ def draw_cells(genotype):
         graphs.append(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n")
     return "\n".join(graphs)
 
-def write_results(args, settings, best, scores, accuracy):
+def write_results(args, settings, log, best, scores, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
     if args.space == "cell":
-        found = derive_cells(best, scores)
+        found, edges = derive_cells(best, scores, args.seed), "28 edges, of which the cells keep 16"
     else:
-        found = [CANDIDATES[choice] for choice in best]
+        found, edges = [CANDIDATES[choice] for choice in best], f"{len(best)} blocks"
+    path = args.out / "genotype.json"
     if RANK == 0:
         if args.space == "cell":
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
-        write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
-    path = "all 28 edges, of which the cells keep 16," if args.space == "cell" else "this chain"
-    print0(f"{found}\nvalidation accuracy of {path} in the supernet: {accuracy:.2%}\n"
-           f"written to {args.out / 'genotype.json'}, for retrain.py")
+        write_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    ((common, count),) = Counter(row["accuracy"] for row in log).most_common(1)
+    if count > len(log) / 2:
+        print0(f"{count} of {len(log)} paths had an accuracy of {common:.2%}: the search could not "
+               "tell them apart. More images, as many of each class, or more epochs may help.")
+    print0(f"the best path of the supernet ({edges}): validation accuracy {accuracy:.2%}\n{found}\n"
+           f"to train this from scratch: python retrain.py --genotype {path}")
 
 # ==== arguments and main ==========================================================================
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -813,7 +856,8 @@ def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number, at least the least and less than below."""
     def number(text):
         if not least <= kind(text) < below:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
+            limit = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}")
         return kind(text)
     return number
 
@@ -844,6 +888,9 @@ def check_image_size(args):
     if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
         raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
                         "with --dataset imagenet, whose folders need not be ImageNet's")
+    if args.dataset == "imagenet" and args.image_size <= SMALL:
+        raise UserError(f"--image-size: imagenet is for more than {SMALL} pixels; up to {SMALL} "
+                        "with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
@@ -913,7 +960,6 @@ def main(argv=None, distribution_class=DynamicDistribution, options=OPTIONS, met
         if args.space == "mobile":
             num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
         chosen = {name: getattr(args, name) for name in options}
-        torch.manual_seed(args.seed)  # of a constructor that draws
         distribution = distribution_class(num_edges, num_ops, seed=args.seed, **chosen)
         if distribution.total_epochs < 1:
             raise UserError(f"a search of {distribution.total_epochs} epochs finds nothing")

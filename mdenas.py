@@ -1,24 +1,27 @@
 """Multinomial Distribution Learning for Effective Neural Architecture Search (arXiv:1905.07529).
 
-    python mdenas.py                      # synthetic images, one or two minutes on a CPU core
+    python mdenas.py                      # synthetic images, about a minute on a CPU core
     python mdenas.py --dataset cifar10    # the paper's search on CIFAR-10
     python mdenas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
     torchrun --nproc_per_node=8 mdenas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
-The network is a stack of copies of two cells, one of which halves the image, or a chain of blocks.
-In a cell, an edge applies an operation to the output of an earlier node, and a node adds up its
-edges. An architecture picks one of K operations for each of E edges; a block of a chain counts as
-an edge. One epoch of search samples an architecture, trains the shared weights along that single
-path on one half of the training images, and measures the accuracy of the path on the other half.
-Then, on every edge, each operation that was trained less and yet is more accurate takes a little
-probability from the one that it beats. In the end the most probable operation of each edge is the
-result.
+A cell is a small graph: an edge applies an operation to the output of an earlier node, and a node
+adds up its edges. The network is a stack of copies of two cells, normal and reduction. A reduction
+cell also halves the image. For ImageNet the network is a chain of blocks, each of which counts as
+an edge. A path picks one of K operations for each of the E edges.
 
-What this script shares with ddp_nas.py and retrain.py is the same to the character.
+An epoch of the search samples a path, trains its weights on one half of the training images, and
+measures its accuracy on the other half. Then, on each edge, an operation that was sampled less
+often than another and yet is more accurate takes a little probability from it. At the end the most
+probable operation of each edge is the result.
+
+This script and ddp_nas.py are the same to the character, except for the settings, the distribution,
+and a few lines of search() and main().
 """
-import argparse, functools, io, json, math, operator, os, sys, time
-from collections import namedtuple
+import argparse, io, json, math, operator, os, random, sys, time
+from collections import Counter, namedtuple
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torchvision
@@ -26,6 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
+# ==== settings ====================================================================================
 METHOD = "mdenas"
 OPTIONS = {  # of the distribution: name -> (default, help)
     "epochs": (100, "number of search epochs"),
@@ -36,75 +40,87 @@ DEFAULTS = {  # by data set
     "cifar10": PAPER, "cifar100": PAPER, "imagefolder": PAPER,
     "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
-LR_MIN = 0.0                          # learning rate in the end; DDP-NAS: 0.001, and 8 cells
+LR_MIN = 0.0                          # learning rate at the end of the search
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
 CLIP = 5.0                            # the largest norm of a gradient
 
 # ==== the distribution ============================================================================
 class MultinomialDistribution:
-    """E independent categorical distributions over K operations that learn from comparisons.
+    """E independent categorical distributions over K operations, which learn from comparisons.
 
-    probabilities (E, K): 1 / K at the start; rows sum to 1. epochs (E, K): in how many epochs each
-    operation was sampled. accuracies (E, K): the last one measured with it, 0 before the first.
+    An edge has a probability p, 1 / K at the start, for each of its operations. It counts the
+    epochs in which each was sampled, and remembers the last accuracy measured with it, 0 before the
+    first. Let dE[i, j] be the count of i minus that of j, and dA[i, j] the same for the accuracies.
+    After every epoch every edge updates
+
+        p[i] <- p[i] + alpha (#{j: dE[i, j] < 0, dA[i, j] > 0} - #{j: dE[i, j] > 0, dA[i, j] < 0})
+
+    for all i at once. So an operation that was sampled less often than another and yet is better
+    takes alpha from it. One that would fall below 0 gives all that it has, in equal parts.
+
+    probabilities (E, K): p. In the found cell a node keeps its 2 most probable edges.
     """
     def __init__(self, num_edges, num_ops, epochs=100, alpha=0.01, seed=0):
-        self.total_epochs, self.alpha = epochs, alpha  # alpha: the size of an update
+        self.total_epochs, self.alpha = epochs, alpha
         self.probabilities = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
-        self.epochs = torch.zeros(num_edges, num_ops, dtype=torch.int64)
-        self.accuracies = torch.zeros(num_edges, num_ops, dtype=torch.float64)
-        self.rng = torch.Generator().manual_seed(seed)
+        self.counts = [[0] * num_ops for _ in range(num_edges)]
+        self.accuracies = [[0.0] * num_ops for _ in range(num_edges)]
+        self.rng = random.Random(seed)
+        # All operations of each edge, shuffled, so that chance decides between equal probabilities.
+        self.order = [self.rng.sample(range(num_ops), num_ops) for _ in range(num_edges)]
 
     @property
     def scores(self):
-        """(E, K): the probabilities. In the found cell, the 2 highest edges enter a node."""
+        """(E, K): the probabilities."""
         return self.probabilities
 
     def best(self):
         """The most probable operation of every edge, a list of E indices."""
-        return self.probabilities.argmax(1).tolist()
+        return [max(order, key=lambda op: p[op])
+                for order, p in zip(self.order, self.probabilities.tolist())]
 
     def sample(self):
-        """The architecture of the next epoch: an operation for every edge, a list of E indices."""
-        return torch.multinomial(self.probabilities, 1, generator=self.rng)[:, 0].tolist()
+        """The path of the next epoch, an operation for every edge: a list of E indices."""
+        return [self.rng.choices(range(len(p)), p)[0] for p in self.probabilities.tolist()]
 
     def record(self, sample, accuracy):
         """Take in the accuracy, in [0, 1], of the last sample, and learn from it."""
         check_accuracy(accuracy)
-        edges = torch.arange(len(sample))
-        self.epochs[edges, sample] += 1
-        self.accuracies[edges, sample] = accuracy
-        # p[i] <- p[i] + alpha (#{j: dE[i,j] < 0, dA[i,j] > 0} - #{j: dE[i,j] > 0, dA[i,j] < 0})
-        dE = self.epochs[:, :, None] - self.epochs[:, None, :]          # (E, K, K)
-        dA = self.accuracies[:, :, None] - self.accuracies[:, None, :]  # (E, K, K)
-        wins = (dE < 0) & (dA > 0)  # [e, i, j]: i was trained less and yet is better than j
-        losses = wins.double().sum(1)  # (E, K), of every j
-        # All at once; an operation that would fall below 0 gives what it has, in equal shares.
-        given = torch.minimum(self.alpha * losses, self.probabilities)   # (E, K)
-        share = given / losses.clamp(min=1)
-        self.probabilities = self.probabilities - given + (wins * share[:, None, :]).sum(2)
+        probabilities = self.probabilities.tolist()
+        for edge, op in enumerate(sample):
+            self.counts[edge][op] += 1
+            self.accuracies[edge][op] = float(accuracy)
+            probabilities[edge] = self.update(
+                probabilities[edge], self.counts[edge], self.accuracies[edge])
+        self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
+
+    def update(self, p, counts, accuracies):
+        """The new p (K,) of an edge, a list."""
+        new = [0.0] * len(p)
+        for loser in range(len(p)):
+            winners = [op for op in range(len(p))
+                       if counts[op] < counts[loser] and accuracies[op] > accuracies[loser]]
+            given = min(self.alpha * len(winners), p[loser])
+            new[loser] += p[loser] - given
+            for winner in winners:
+                new[winner] += given / len(winners)
+        return new
 
     def state_dict(self):
         """Every attribute, the state of the random generator included; a checkpoint holds it.
 
         The attributes of a subclass must be tensors, numbers, strings, lists or dicts.
         """
-        return {**vars(self), "rng": self.rng.get_state()}
+        return {**vars(self), "rng": self.rng.getstate()}
 
     def load_state_dict(self, state):
         """Go on from a state_dict()."""
-        self.rng.set_state(state["rng"])
+        self.rng.setstate(state["rng"])
         vars(self).update({**state, "rng": self.rng})
 
 def check_accuracy(accuracy):
     if not 0 <= accuracy <= 1:  # NaN fails this, too
         raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
-
-def check_sample(sample, num_edges, num_ops):
-    """E indices of any integer type -> a list of E ints; an error for anything else."""
-    sample = [operator.index(choice) for choice in sample]  # a TypeError for 0.9
-    if len(sample) != num_edges or not set(sample) <= set(range(num_ops)):
-        raise ValueError(f"a sample is {num_edges} indices from 0 to {num_ops - 1}, not {sample}")
-    return sample
 
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
@@ -115,33 +131,34 @@ def train_epoch(network, optimizer, batches, sample):
     network.train()
     weights = list(network.parameters())
     device = weights[0].device
-    totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
+    sum_losses = sum_norms = torch.zeros((), device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
             loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()  # to None, so that SGD skips the weights off the path
+        # Sets gradients to None: weights off the path get none, and the optimizer skips them.
+        optimizer.zero_grad()
         loss.backward()
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
-    return finite_mean(totals, len(batches))
+        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
+        sum_norms = sum_norms + norm
+    return finite_mean(sum_losses, sum_norms, len(batches))
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
     network.eval()
     device = next(network.parameters()).device
-    totals = torch.zeros(2, device=device)  # correct images, all images
+    num_images, num_correct = 0, torch.zeros((), device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
-        totals[0] += (logits.argmax(1) == labels).sum()
-        totals[1] += len(labels)
-    average_over_processes([totals])  # the ratio of the means is that of the sums
-    num_correct, num_images = totals.tolist()
-    return num_correct / num_images
+        num_images += len(labels)
+        num_correct += (logits.argmax(1) == labels).sum()
+    average_over_processes([num_correct])  # each of which has as many images
+    return num_correct.item() / num_images
 
 # ==== the search ==================================================================================
 def split_training_images(args):
@@ -153,15 +170,15 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    size = len(validation) // num_batches
-    size -= size % WORLD_SIZE  # every process gets as many
+    batch_size = len(validation) // num_batches
+    batch_size -= batch_size % WORLD_SIZE  # every process gets as many
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
-            Batches(dataset, validation[:num_batches * size], size, args, train=False))
+            Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
 
 def search(args, distribution):
-    """Run the distribution to its end, a sample an epoch, and write the architecture to --out."""
+    """Run the distribution to its end, a path an epoch, and write the architecture to --out."""
     dataset, train_half, validation_half = split_training_images(args)
-    torch.manual_seed(args.seed)  # of the initial weights, the same in every process
+    torch.manual_seed(args.seed)  # the same initial weights in every process
     network = build_supernet(args, num_classes=len(dataset.classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -170,20 +187,13 @@ def search(args, distribution):
                 "operations": list(OPS)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule,
                  distribution=distribution)
-    log = load_checkpoint(args, settings, parts)
+    log = load_checkpoint(args, settings, parts)  # empty, unless --resume finds a checkpoint
 
-    num_edges, num_ops = distribution.probabilities.shape
-    for epoch in range(len(log), distribution.total_epochs):  # --resume: from the log's end
+    for epoch in range(len(log), distribution.total_epochs):
         start = time.perf_counter()
-        # What is random depends on the seed and the epoch alone, so that --resume repeats it.
-        torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)  # of sample() and record()
-        sample = check_sample(distribution.sample(), num_edges, num_ops)
-        same_everywhere({"the sample": sample})
-        train_half.epoch = epoch
-        with torch.random.fork_rng(devices=[]):  # dropout differs between processes
-            torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
-            loss = train_epoch(network, optimizer, train_half, sample)
-            accuracy = evaluate(network, validation_half, sample)
+        sample = begin_epoch(args, epoch, distribution, train_half)
+        loss = train_epoch(network, optimizer, train_half, sample)
+        accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
         schedule.step()
         log.append({"epoch": epoch + 1, "sample": sample, "loss": loss,
@@ -191,17 +201,16 @@ def search(args, distribution):
         save_checkpoint(args, settings, parts, log)
         print_epoch(log, distribution.total_epochs, f"accuracy {accuracy:.2%}",
                     train_half.num_images + validation_half.num_images)
-        if (epoch + 1) % 10 == 0:
+        if len(log) % 10 == 0 or len(log) == distribution.total_epochs:
             print_distribution(distribution.probabilities, args)
 
-    torch.manual_seed(args.seed)  # of best()
-    best = check_sample(distribution.best(), num_edges, num_ops)
+    best = check_sample(distribution.best(), *distribution.probabilities.shape)
     accuracy = evaluate(network, validation_half, best)
-    write_results(args, settings, best, distribution.scores, accuracy)
+    write_results(args, settings, log, best, distribution.scores, accuracy)
 
 # ==== operations ==================================================================================
-NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
-NUM_EDGES = 2 + 3 + 4 + 5  # of a cell, in node order, then source order
+NODES = range(2, 6)     # of a cell; 0 and 1 are its inputs. An edge comes from every earlier number
+NUM_EDGES = sum(NODES)  # of a cell, 2 + 3 + 4 + 5, sorted by node, then by source
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -220,18 +229,22 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        x = F.relu(x)
-        # Strided by a slice: on a CPU, strided 1x1 convs crash torch 2.14's backward pass.
-        halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
-        return self.bn(torch.cat(halves, 1))
+        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
+        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+        return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
 def relu_conv_bn(c_in, c_out, norm):
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
+    relu = nn.ReLU()
+    if stride == dilation == 2:  # reads every second pixel alone, as a plain conv of these does
+        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)
+        stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
-    return nn.Sequential(nn.ReLU(), depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return nn.Sequential(relu, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
@@ -250,11 +263,20 @@ OPS = {  # the space of cells: the candidates of an edge
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
 
-# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node. The
-# sources 0 and 1 are the inputs of the cell, 2 to 5 its nodes, of which the output is made.
+def dense_gradient(x):
+    """x, whose gradient will be copied out of the wider one that torch.cat hands back.
+
+    On a CPU, BatchNorm's backward pass is 7 to 85 times slower for a slice than for the copy.
+    """
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
+
+# As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node; the
+# output of a cell is made of the nodes in concat.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
+# The space of chains: the candidates of a block, (kernel, expansion), and two backbones: (output
 # channels, stride) of every block, and the width of the head.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 BACKBONES = {
@@ -265,7 +287,7 @@ BACKBONES = {
              (216, 1), (216, 1), (360, 1)], 1432),
 }
 
-conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
+conv_bn_relu6 = partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
 
 class MBConv(nn.Sequential):
     """Inverted residual block: 1x1 expand (not where the ratio is 1), depthwise, 1x1 project."""
@@ -282,19 +304,19 @@ class MBConv(nn.Sequential):
 
 # ==== supernets ===================================================================================
 # BatchNorms keep no running statistics: a mean shared by many paths would describe none of them.
-SupernetNorm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
+SupernetNorm = partial(nn.BatchNorm2d, track_running_stats=False)
 
 class SupernetCell(nn.Module):
     def __init__(self, c_prev_prev, c_prev, c, reduction, reduction_prev):
         super().__init__()
-        norm = functools.partial(SupernetNorm, affine=False)
+        norm = partial(SupernetNorm, affine=False)  # the authors' choice, as in DARTS
         self.reduction = reduction
         preprocess = FactorizedReduce if reduction_prev else relu_conv_bn
         self.preprocess0 = preprocess(c_prev_prev, c, norm)
         self.preprocess1 = relu_conv_bn(c_prev, c, norm)
         self.edges = nn.ModuleList()  # (14, 8)
-        for node in range(NUM_NODES):
-            for source in range(2 + node):
+        for node in NODES:
+            for source in range(node):
                 stride = 2 if reduction and source < 2 else 1
                 self.edges.append(nn.ModuleList(op(c, stride, norm) for op in OPS.values()))
 
@@ -302,19 +324,20 @@ class SupernetCell(nn.Module):
         """s0, s1: outputs of the last two cells, older first; sample (14,) -> (B, 4 C, H, W)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
-        for _ in range(NUM_NODES):
+        for node in NODES:
             values = []
-            for state in states:
+            for source in range(node):
                 operation = self.edges[edge][sample[edge]]
-                values.append(operation(state))
+                values.append(operation(states[source]))
                 edge += 1
-            states.append(sum(values))
+            states.append(dense_gradient(sum(values)))
         return torch.cat(states[2:], 1)
 
 class CellSupernet(nn.Module):
     """A stack of cells. sample (28,): 14 edges of the normal, 14 of the reduction cells."""
     def __init__(self, channels, num_cells, num_classes):
         super().__init__()
+        # Channels of the nodes of a cell, and of the outputs of the last cell and the one before.
         c, c_prev, c_prev_prev = channels, 3 * channels, 3 * channels
         reduction_prev = False
         stem = nn.Conv2d(3, c_prev, 3, padding=1, bias=False)
@@ -324,7 +347,7 @@ class CellSupernet(nn.Module):
             reduction = i in (num_cells // 3, 2 * num_cells // 3)
             c = 2 * c if reduction else c
             self.cells.append(SupernetCell(c_prev_prev, c_prev, c, reduction, reduction_prev))
-            c_prev_prev, c_prev, reduction_prev = c_prev, NUM_NODES * c, reduction
+            c_prev_prev, c_prev, reduction_prev = c_prev, len(NODES) * c, reduction
         self.linear = nn.Linear(c_prev, num_classes)
 
     def forward(self, images, sample):
@@ -339,7 +362,7 @@ class MobileSupernet(nn.Module):
     """A chain of MBConv blocks. sample (14 or 20,): the candidate of every block."""
     def __init__(self, backbone, num_classes):
         super().__init__()
-        norm = functools.partial(SupernetNorm, eps=1e-3)
+        norm = partial(SupernetNorm, eps=1e-3)
         blocks, head = BACKBONES[backbone]
         c_in = 40  # as in the authors' code
         self.first_conv = conv_bn_relu6(3, c_in, 3, 2, norm_layer=norm)
@@ -365,33 +388,38 @@ def build_supernet(args, num_classes):
         network = MobileSupernet(args.backbone, num_classes)
     return network.to(args.device, memory_format=torch.channels_last)
 
-def derive_cells(best, scores):
+# ==== from scores to cells ========================================================================
+def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
-    A node keeps its 2 edges of the highest scores. Where the best operation is `none`, the other
-    operation of the highest score, pruned or not, takes its place.
+    A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
+    `none`, the other one of the highest score, pruned or not, takes its place. Chance decides
+    between equals.
     """
-    names, cells, edge = list(OPS), [], 0
-    others = [op for op, name in enumerate(names) if name != "none"]
-    for _ in ("normal", "reduce"):
+    draw = random.Random(seed)
+    names, scores = list(OPS), scores.tolist()
+    edge, cells = 0, []
+    for _ in range(2):  # the normal cell, the reduction cell
         pairs = []
-        for node in range(NUM_NODES):
-            incoming = []
-            for source in range(2 + node):
+        for node in NODES:
+            operations, strengths = [], []  # of the edge from each source
+            for source in range(node):
                 op = best[edge]
                 if names[op] == "none":
-                    op = others[scores[edge, others].argmax()]
-                incoming.append((scores[edge, op].item(), source, names[op]))
+                    others = [other for other in range(len(names)) if names[other] != "none"]
+                    op = max(others, key=lambda other: (scores[edge][other], draw.random()))
+                operations.append(names[op])
+                strengths.append(scores[edge][op])
                 edge += 1
-            strongest = sorted(incoming)[-2:]  # of equal scores, the later source
-            strongest.sort(key=lambda item: item[1])
-            pairs += [(name, source) for _, source, name in strongest]
+            by_strength = sorted(range(node), key=lambda i: (strengths[i], draw.random()))
+            pairs += [(operations[source], source) for source in sorted(by_strength[-2:])]
         cells.append(pairs)
     normal, reduce = cells
-    return Genotype(normal, range(2, 2 + NUM_NODES), reduce, range(2, 2 + NUM_NODES))
+    return Genotype(normal, NODES, reduce, NODES)
 
 # ==================================================================================================
-# Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
+# Nothing of the papers stands below, but for shift_and_flip, their augmentation: images, batches,
+# processes, files, what the user sees, arguments, main
 
 # ==== images ======================================================================================
 class UserError(Exception):
@@ -604,9 +632,34 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
     settings = run_settings(args)
     print0(", ".join(f"{name} {value}" for name, value in settings.items()))
     same_everywhere(settings)
+
+def begin_epoch(args, epoch, distribution, batches):
+    """Draw the sample of an epoch, and seed all else that is random in it -> the sample.
+
+    All of it follows from --seed and the epoch, so that --resume repeats it:
+    - the sample, which a method may draw from torch's generator, the same in every process;
+    - the order of the images, their shifts and flips: the batches draw them from a generator of
+      their own, the same in every process;
+    - dropout in an operation: torch's generator, from here on another one in every process. So a
+      method's record() and best() should draw from a generator of the method, if at all.
+    """
+    torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)
+    sample = check_sample(distribution.sample(), *distribution.probabilities.shape)
+    same_everywhere({"the sample": sample})
+    batches.epoch = epoch
+    torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
+    return sample
+
+def check_sample(sample, num_edges, num_ops):
+    """E indices of any integer type -> a list of E ints; an error for anything else."""
+    sample = [operator.index(choice) for choice in sample]  # a TypeError for 0.9
+    if len(sample) != num_edges or not set(sample) <= set(range(num_ops)):
+        raise ValueError(f"a sample is {num_edges} indices from 0 to {num_ops - 1}, not {sample}")
+    return sample
 
 def same_everywhere(facts):
     """Raise a UserError on a machine that has other facts, a dict, than that of process 0."""
@@ -635,11 +688,11 @@ def average_gradients(weights):
     if WORLD_SIZE > 1:
         average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
-def finite_mean(totals, num_steps):
-    """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""
-    average_over_processes([totals])
-    loss, norm = (totals / num_steps).tolist()
-    if not math.isfinite(loss + norm):
+def finite_mean(sum_losses, sum_norms, num_steps):
+    """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
+    average_over_processes([sum_losses, sum_norms])
+    loss = sum_losses.item() / num_steps
+    if not math.isfinite(loss + sum_norms.item()):
         raise UserError(f"the loss, {loss}, or a gradient is not finite: start again in another "
                         "--out with a smaller --lr")
     return loss
@@ -667,7 +720,7 @@ def make_out(args):
     held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or add --resume to continue its run, or to begin it again")
+                        "folder, or add --resume to go on with its run")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -742,8 +795,8 @@ def print_epoch(log, total_epochs, measured, num_images):
 def print_distribution(probabilities, args):
     """A row for each edge of probabilities (E, K): denser is closer to the row's best, x is 0."""
     columns = [name[:3] + name[-1] if name[-1].isdigit() else name[:4] for name in OPS]
-    rows = [f"{cell} {2 + node} <- {source}" for cell in ("normal", "reduce")
-            for node in range(NUM_NODES) for source in range(2 + node)]
+    rows = [f"{cell} {node} <- {source}" for cell in ("normal", "reduce")
+            for node in NODES for source in range(node)]
     if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
@@ -764,20 +817,24 @@ def draw_cells(genotype):
         graphs.append(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n")
     return "\n".join(graphs)
 
-def write_results(args, settings, best, scores, accuracy):
+def write_results(args, settings, log, best, scores, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
     if args.space == "cell":
-        found = derive_cells(best, scores)
+        found, edges = derive_cells(best, scores, args.seed), "28 edges, of which the cells keep 16"
     else:
-        found = [CANDIDATES[choice] for choice in best]
+        found, edges = [CANDIDATES[choice] for choice in best], f"{len(best)} blocks"
+    path = args.out / "genotype.json"
     if RANK == 0:
         if args.space == "cell":
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
-        write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
-    path = "all 28 edges, of which the cells keep 16," if args.space == "cell" else "this chain"
-    print0(f"{found}\nvalidation accuracy of {path} in the supernet: {accuracy:.2%}\n"
-           f"written to {args.out / 'genotype.json'}, for retrain.py")
+        write_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    ((common, count),) = Counter(row["accuracy"] for row in log).most_common(1)
+    if count > len(log) / 2:
+        print0(f"{count} of {len(log)} paths had an accuracy of {common:.2%}: the search could not "
+               "tell them apart. More images, as many of each class, or more epochs may help.")
+    print0(f"the best path of the supernet ({edges}): validation accuracy {accuracy:.2%}\n{found}\n"
+           f"to train this from scratch: python retrain.py --genotype {path}")
 
 # ==== arguments and main ==========================================================================
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -787,7 +844,8 @@ def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number, at least the least and less than below."""
     def number(text):
         if not least <= kind(text) < below:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
+            limit = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}")
         return kind(text)
     return number
 
@@ -818,6 +876,9 @@ def check_image_size(args):
     if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
         raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
                         "with --dataset imagenet, whose folders need not be ImageNet's")
+    if args.dataset == "imagenet" and args.image_size <= SMALL:
+        raise UserError(f"--image-size: imagenet is for more than {SMALL} pixels; up to {SMALL} "
+                        "with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
@@ -887,7 +948,6 @@ def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS,
         if args.space == "mobile":
             num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
         chosen = {name: getattr(args, name) for name in options}
-        torch.manual_seed(args.seed)  # of a constructor that draws
         distribution = distribution_class(num_edges, num_ops, seed=args.seed, **chosen)
         if distribution.total_epochs < 1:
             raise UserError(f"a search of {distribution.total_epochs} epochs finds nothing")

@@ -16,9 +16,10 @@ statistics, and cells are stacked deeper and wider than in the supernet. In a pr
 
 What this script shares with ddp_nas.py and mdenas.py is the same to the character.
 """
-import argparse, ast, functools, io, json, math, os, re, sys, textwrap, time
+import argparse, ast, io, json, math, os, re, sys, textwrap, time
 from collections import namedtuple
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ MAY_DIFFER = (  # between a run and its --resume
     "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name")
 
 # ==== operations ==================================================================================
-NUM_NODES = 4              # intermediate nodes of a cell; node i has 2 + i incoming edges
+NODES = range(2, 6)     # of a cell; 0 and 1 are its inputs. An edge comes from every earlier number
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -73,22 +74,35 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        x = F.relu(x)
-        # Strided by a slice: on a CPU, strided 1x1 convs crash torch 2.14's backward pass.
-        halves = self.conv1(x[:, :, ::2, ::2]), self.conv2(x[:, :, 1::2, 1::2])
-        return self.bn(torch.cat(halves, 1))
+        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
+        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+        return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
 def relu_conv_bn(c_in, c_out, norm):
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
+    relu = nn.ReLU()
+    if stride == dilation == 2:  # reads every second pixel alone, as a plain conv of these does
+        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)
+        stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
-    return nn.Sequential(nn.ReLU(), depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return nn.Sequential(relu, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
                          depthwise_separable(c, kernel, 1, 1, norm))
+
+def dense_gradient(x):
+    """x, whose gradient will be copied out of the wider one that torch.cat hands back.
+
+    On a CPU, BatchNorm's backward pass is 7 to 85 times slower for a slice than for the copy.
+    """
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
 
 OPS = {  # the space of cells: the candidates of an edge
     "none": lambda c, stride, norm: Zero(stride),
@@ -118,7 +132,7 @@ BACKBONES = {
              (216, 1), (216, 1), (360, 1)], 1432),
 }
 
-conv_bn_relu6 = functools.partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
+conv_bn_relu6 = partial(torchvision.ops.Conv2dNormActivation, activation_layer=nn.ReLU6)
 
 class MBConv(nn.Sequential):
     """Inverted residual block: 1x1 expand (not where the ratio is 1), depthwise, 1x1 project."""
@@ -135,9 +149,8 @@ class MBConv(nn.Sequential):
 
 # ==== the architecture ============================================================================
 def make_genotype(normal, reduce):
-    """8 pairs for each cell -> Genotype, whose cells' outputs are made of all their nodes."""
-    nodes = range(2, 2 + NUM_NODES)
-    return Genotype(normal, nodes, reduce, nodes)
+    """8 pairs for each cell -> Genotype; the output of a cell is made of all its nodes."""
+    return Genotype(normal, NODES, reduce, NODES)
 
 PUBLISHED = {
     "MDENAS": make_genotype(
@@ -180,10 +193,10 @@ def random_genotype(seed, backbone=None):
         num_blocks = len(BACKBONES[backbone][0])
         return [tuple(block) for block in g.choice(CANDIDATES, num_blocks).tolist()]
     names, cells = [name for name in OPS if name != "none"], []
-    for _ in ("normal", "reduce"):
+    for _ in range(2):  # the normal cell, the reduction cell
         pairs = []
-        for node in range(NUM_NODES):
-            sources = sorted(g.choice(2 + node, 2, replace=False).tolist())
+        for node in NODES:
+            sources = sorted(g.choice(node, 2, replace=False).tolist())
             pairs += [(str(g.choice(names)), source) for source in sources]
         cells.append(pairs)
     return make_genotype(*cells)
@@ -216,9 +229,9 @@ def parse_genotype(text):
 def check_cell(nodes):
     """8 pairs (operation, source), or 4 nodes of two -> 8 pairs."""
     pairs = nodes
-    if len(nodes) == NUM_NODES:
+    if len(nodes) == len(NODES):
         pairs = [pair for first, second in nodes for pair in (first, second)]
-    if len(pairs) != 2 * NUM_NODES:
+    if len(pairs) != 2 * len(NODES):
         raise UserError(f"a cell has 8 edges, 2 for each of 4 nodes, not {len(pairs)}")
     names = [name for name in OPS if name != "none"]
     for i, (operation, source) in enumerate(pairs):
@@ -291,15 +304,15 @@ class Cell(nn.Module):
     def forward(self, s0, s1, drop):
         """s0, s1: outputs of the last two cells, older first; drop: a probability or None."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for node in range(NUM_NODES):
+        for i in range(len(NODES)):
             values = []
-            for edge in (2 * node, 2 * node + 1):
+            for edge in (2 * i, 2 * i + 1):
                 operation = self.edges[edge]
                 value = operation(states[self.sources[edge]])
                 if drop is not None and not isinstance(operation, nn.Identity):
                     value = drop_path(value, drop)
                 values.append(value)
-            states.append(sum(values))
+            states.append(dense_gradient(sum(values)))
         return torch.cat(states[2:], 1)
 
 def auxiliary_head(c_in, num_classes, imagenet, norm):
@@ -313,8 +326,8 @@ def auxiliary_head(c_in, num_classes, imagenet, norm):
 class CellNetwork(nn.Module):
     def __init__(self, genotype, channels, num_cells, num_classes, imagenet, auxiliary):
         super().__init__()
-        norm = functools.partial(nn.BatchNorm2d, eps=1e-3 if imagenet else 1e-5)
-        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        norm = partial(nn.BatchNorm2d, eps=1e-3 if imagenet else 1e-5)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
         c = channels
         if imagenet:  # 1/4 and 1/8 of the side, as if a reduction cell stood between the two
             self.stem0 = nn.Sequential(conv(3, c // 2, stride=2), norm(c // 2), nn.ReLU(),
@@ -331,7 +344,7 @@ class CellNetwork(nn.Module):
             c = 2 * c if reduction else c
             pairs = genotype.reduce if reduction else genotype.normal
             self.cells.append(Cell(pairs, c_prev_prev, c_prev, c, reduction, reduction_prev, norm))
-            c_prev_prev, c_prev, reduction_prev = c_prev, NUM_NODES * c, reduction
+            c_prev_prev, c_prev, reduction_prev = c_prev, len(NODES) * c, reduction
         self.auxiliary = None
         if auxiliary:  # on the second reduction cell, which has the width of the last
             self.auxiliary = auxiliary_head(c_prev, num_classes, imagenet, norm)
@@ -350,7 +363,7 @@ class CellNetwork(nn.Module):
         return (logits, self.auxiliary(inner)) if self.training and self.auxiliary else logits
 
 def mobile_network(genotype, num_classes):
-    norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
+    norm = partial(nn.BatchNorm2d, eps=1e-3)
     backbones = {len(blocks): (blocks, head) for blocks, head in BACKBONES.values()}
     blocks, head = backbones[len(genotype)]
     c_in, layers = 40, [conv_bn_relu6(3, 40, 3, 2, norm_layer=norm)]
@@ -473,7 +486,7 @@ def train_epoch(network, optimizer, batches, args):
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     weights = list(network.parameters())
     device = weights[0].device
-    totals = torch.zeros(2, device=device)  # of the losses, of the norms of the gradients
+    sum_losses = sum_norms = torch.zeros((), device=device)
     for images, labels in batches:
         if args.cutout:
             images = cutout(images, round(args.cutout * args.image_size))
@@ -490,10 +503,11 @@ def train_epoch(network, optimizer, batches, args):
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
-        totals += torch.stack([loss.detach(), norm])  # not .item(): it would wait for the device
+        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
+        sum_norms = sum_norms + norm
     # Each process has updated BatchNorm's running statistics with its own share.
     average_over_processes([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    return finite_mean(totals, len(batches))
+    return finite_mean(sum_losses, sum_norms, len(batches))
 
 @torch.no_grad()
 def evaluate(network, batches):
@@ -620,7 +634,8 @@ def summarise(args):
            "CPU threads)")
 
 # ==================================================================================================
-# Nothing of the papers stands below: images, processes, files, what the user sees, arguments, main
+# Nothing of the papers stands below, but for shift_and_flip, their augmentation: images, batches,
+# processes, files, what the user sees, arguments, main
 
 # ==== images ======================================================================================
 class UserError(Exception):
@@ -833,6 +848,7 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
     settings = run_settings(args)
     print0(", ".join(f"{name} {value}" for name, value in settings.items()))
     same_everywhere(settings)
@@ -864,11 +880,11 @@ def average_gradients(weights):
     if WORLD_SIZE > 1:
         average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
-def finite_mean(totals, num_steps):
-    """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""
-    average_over_processes([totals])
-    loss, norm = (totals / num_steps).tolist()
-    if not math.isfinite(loss + norm):
+def finite_mean(sum_losses, sum_norms, num_steps):
+    """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
+    average_over_processes([sum_losses, sum_norms])
+    loss = sum_losses.item() / num_steps
+    if not math.isfinite(loss + sum_norms.item()):
         raise UserError(f"the loss, {loss}, or a gradient is not finite: start again in another "
                         "--out with a smaller --lr")
     return loss
@@ -894,7 +910,7 @@ def make_out(args):
     held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or add --resume to continue its run, or to begin it again")
+                        "folder, or add --resume to go on with its run")
 
 def write_file(path, data):
     """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
@@ -974,7 +990,8 @@ def at_least(least, kind=int, below=math.inf):
     """An argparse type: a number, at least the least and less than below."""
     def number(text):
         if not least <= kind(text) < below:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
+            limit = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}")
         return kind(text)
     return number
 
@@ -1005,6 +1022,9 @@ def check_image_size(args):
     if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
         raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
                         "with --dataset imagenet, whose folders need not be ImageNet's")
+    if args.dataset == "imagenet" and args.image_size <= SMALL:
+        raise UserError(f"--image-size: imagenet is for more than {SMALL} pixels; up to {SMALL} "
+                        "with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
