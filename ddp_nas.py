@@ -657,9 +657,16 @@ def average_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes, which all have gradients for the same weights."""
+    """Over the processes; a gradient that only some of them have counts as 0 in the others."""
     if WORLD_SIZE > 1:
-        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
+        used = torch.tensor([float(weight.grad is not None) for weight in weights])
+        used = used.to(weights[0].device)
+        average_over_processes([used])
+        weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
+        for weight in weights:
+            if weight.grad is None:  # an operation may draw which weights it uses
+                weight.grad = torch.zeros_like(weight)
+        average_over_processes([weight.grad for weight in weights])
 
 def finite_mean(totals, num_steps):
     """totals (2,) of the losses and of the gradients' norms -> mean loss, if both are finite."""

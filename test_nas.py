@@ -1593,13 +1593,30 @@ def test_summary_counts_the_classes_of_a_folder(images, tmp_path):
             retrain, [*argv, folder])
 
 # ==== several processes ===========================================================================
-class Linear(nn.Linear):
-    """A network without BatchNorm."""
+class Layers(nn.Module):
+    """Adds up the layers of the sample, and has no BatchNorm."""
     def __init__(self):
-        super().__init__(12, 3)
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 3) for _ in range(4))
 
     def forward(self, images, sample):
-        return super().forward(images.flatten(1))
+        return sum(self.layers[i](images.flatten(1)) for i in sample)
+
+SAMPLES = {  # of each of two processes; no process uses the last layer
+    "the same": ([0, 1], [0, 1]), "as many": ([0, 1], [0, 2]), "fewer": ([0], [2, 0, 1])}
+
+class Drawn(nn.ModuleList):
+    """One of its layers, drawn for every batch."""
+    def forward(self, x):
+        return self[torch.randint(len(self), ())](x)
+
+def drawn_operations(script, either):
+    """Of two convolutions it uses one, or of one it may use none."""
+    def make(c, stride, norm):
+        conv = functools.partial(nn.Conv2d, c, c, 3, stride, padding=1, bias=False)
+        other = conv() if either else nn.AvgPool2d(3, stride, 1)
+        return nn.Sequential(Drawn([conv(), other]), norm(c))
+    return {"none": script.OPS["none"], "drawn": make}
 
 def work(folder, images):
     """What each of two processes does that torchrun starts: this file is their program."""
@@ -1627,20 +1644,26 @@ def work(folder, images):
     assert main(mdenas, "dropout", "--epochs", 2, distribution_class=Drawing) == 0
     torch.save(Dropout.drawn, folder / f"drawn_{rank}.pt")
 
-    data, network = load(folder / "batch.pt"), Linear()
-    network.load_state_dict(data["weights"])
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
+    data = load(folder / "batch.pt")
     half = data["images"][rank::2], data["labels"][rank::2]
     batches = [(scale * half[0], half[1]) for scale in (1, 30, 1)]
-    ddp_nas.train_epoch(network, optimizer, batches, None)
-    torch.save(network.state_dict(), folder / f"steps_{rank}.pt")
+    for name, samples in SAMPLES.items():
+        network = Layers()
+        network.load_state_dict(data["weights"])
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=0.1)
+        ddp_nas.train_epoch(network, optimizer, batches, samples[rank])
+        torch.save(network.state_dict(), folder / f"{name}_{rank}.pt")
+    for script in (mdenas, retrain):
+        for either in (True, False):
+            script.OPS = drawn_operations(script, either)
+            assert main(script, f"{script.METHOD}_{either}", "--epochs", 2) == 0
     sys.exit(main(mdenas, "differ", "--seed", rank))
 
 @pytest.fixture(scope="module")
 def two_processes(images, tmp_path_factory):
     """Both have done their work -> its folder, and what was printed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torch.save({"weights": Linear().state_dict(), "images": torch.randn(10, 3, 2, 2),
+    torch.save({"weights": Layers().state_dict(), "images": torch.randn(10, 3, 2, 2),
                 "labels": torch.randint(3, (10,))}, folder / "batch.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                __file__, folder, images]
@@ -1691,21 +1714,38 @@ def test_two_processes_sample_the_same_and_drop_other_units(two_processes):
     assert not set(drawn[0]) & set(drawn[1])
 
 @whole_run
-def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(two_processes):
+@pytest.mark.parametrize("name", SAMPLES)
+def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(name, two_processes):
+    """Also where they use other layers: what one of them uses learns, what none uses stays."""
     folder, _ = two_processes
-    data, network = load(folder / "batch.pt"), Linear()
+    data, network = load(folder / "batch.pt"), Layers()
     network.load_state_dict(data["weights"])
-    weights, momenta, norms = list(network.parameters()), [0, 0], []
+    weights, momenta, norms = list(network.parameters()), 8 * [0], []
+    labels = torch.cat([data["labels"][rank::2] for rank in (0, 1)])
     for scale in (1, 30, 1):
-        loss = F.cross_entropy(network(scale * data["images"], None), data["labels"])
-        grads = torch.autograd.grad(loss, weights)
-        norms.append(math.sqrt(sum((grad**2).sum().item() for grad in grads)))
-        for i, grad in enumerate(grads):
-            momenta[i] = 0.9 * momenta[i] + grad * min(1, 5 / norms[-1])
+        logits = [network(scale * data["images"][rank::2], SAMPLES[name][rank]) for rank in (0, 1)]
+        loss = F.cross_entropy(torch.cat(logits), labels)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        used = [i for i in range(8) if grads[i] is not None]
+        norms.append(math.sqrt(sum((grads[i]**2).sum().item() for i in used)))
+        for i in used:
+            decayed = grads[i] * min(1, 5 / norms[-1]) + 0.1 * weights[i].data
+            momenta[i] = 0.9 * momenta[i] + decayed
             weights[i].data.sub_(0.1 * momenta[i])
     assert norms[0] < 5 < norms[1]  # the second gradient was clipped
+    assert len(used) < 8
     for rank in (0, 1):
-        torch.testing.assert_close(load(folder / f"steps_{rank}.pt"), network.state_dict())
+        torch.testing.assert_close(load(folder / f"{name}_{rank}.pt"), network.state_dict())
+
+@whole_run
+@pytest.mark.parametrize("script", [mdenas, retrain])
+@pytest.mark.parametrize("either", [True, False])
+def test_two_processes_that_draw_the_weights_they_use_hold_the_same(script, either, two_processes):
+    folder, _ = two_processes
+    states = [load(folder / f"{script.METHOD}_{either}_{rank}.pt") for rank in (0, 1)]
+    assert [row.pop("epoch") for row in states[0].pop("log")] == [1, 2]
+    states[1].pop("log")
+    assert same(*states)
 
 @whole_run
 def test_processes_compare_images_epochs_and_samples(images, tmp_path, monkeypatch):
