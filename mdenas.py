@@ -754,6 +754,8 @@ def print_distribution(probabilities, args):
     if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
+    if not (abs(probabilities) < math.inf).all():  # NaN fails this, too
+        raise ValueError("probabilities hold NaN or infinity")
     shades = "░▒▓█" if "utf" in str(sys.stdout.encoding).lower() else ".:*#"
     print0(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities.tolist()):
@@ -773,6 +775,8 @@ def draw_cells(genotype):
 
 def write_results(args, settings, best, scores, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
+    if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
+        raise ValueError("scores hold NaN or infinity")
     if args.space == "cell":
         found = derive_cells(best, scores)
     else:

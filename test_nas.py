@@ -1344,6 +1344,37 @@ def test_a_search_checks_what_a_method_gives(member, images, tmp_path, monkeypat
     with pytest.raises(ValueError, match="28 indices from 0 to 7"):
         call_main(mdenas, tiny(mdenas, images, tmp_path / "run", "--epochs", 1))
 
+class Tried(mdenas.MultinomialDistribution):
+    """Knows which operations were tried; `untried` is what it says of the others."""
+    untried = {"probabilities": 0, "scores": -math.inf}
+
+    def sample(self):
+        return torch.randint(8, (28,), generator=self.rng)
+
+    def record(self, sample, accuracy):
+        super().record(sample, accuracy)
+        self.probabilities = torch.where(self.epochs > 0, 0.5, self.untried["probabilities"])
+
+    @property
+    def scores(self):
+        return torch.where(self.epochs > 0, 0.5, self.untried["scores"])
+
+@whole_run
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("member, num_epochs", [("probabilities", 10), ("scores", 12)])
+def test_nan_of_a_method_ends_a_search_which_goes_on_when_it_is_mended(
+        member, num_epochs, value, images, tmp_path, monkeypatch):
+    skip_training(mdenas, monkeypatch)
+    monkeypatch.setattr(mdenas, "main", functools.partial(mdenas.main, distribution_class=Tried))
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{member} hold NaN"):
+        patch.setitem(Tried.untried, member, value)
+        call_main(mdenas, tiny(mdenas, images, out))
+    assert len(load(out / "checkpoint.pt")["log"]) == num_epochs
+    assert not (out / "genotype.json").exists()
+    finish(mdenas, tiny(mdenas, images, out, "--resume"))
+    assert len(read_log(out)) == 12 and read_genotype(out)
+
 @pytest.mark.parametrize("name", ["method", "processes", "images", "classes", "operations"])
 def test_an_option_cannot_take_the_name_of_a_setting(name):
     with pytest.raises(ValueError, match=f"the name {name},"):
