@@ -433,9 +433,10 @@ def to_rgb(image):
     """PIL image, upright or not -> upright, RGB. ValueError if a pixel has more than 8 bits."""
     if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-    image.getexif()  # reads the EXIF, where phones store the rotation. Its bytes are dropped, since
-    image.info.pop("exif", None)  # PIL would write them again, and fails at numbers such as -5.
-    return ImageOps.exif_transpose(image).convert("RGB")
+    rgb = image.convert("RGB")  # a copy. It keeps the rotation, which phones store in the EXIF, and
+    rgb.info.clear()  # no more: PIL would write the EXIF again, and fails at numbers such as -5.
+    rgb.getexif()[0x112] = image.getexif().get(0x112, 1)
+    return ImageOps.exif_transpose(rgb)
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""

@@ -895,6 +895,22 @@ def test_photographs_are_turned_upright(odd, tmp_path):
         assert upright[:20, 30:].min() > 200
         assert upright[40:].max() < 50 and upright[:, :10].max() < 50
 
+def test_an_image_that_was_turned_upright_is_still_as_it_was(tmp_path):
+    """So that a crop or a copy made afterwards can be turned, too."""
+    turned, width = (0x112, 3, 1, struct.pack("<HH", 6, 0)), (0x100, 9, 1, struct.pack("<i", -5))
+    pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    for suffix, odd in itertools.product(("jpg", "png", "webp"), ([], [width])):
+        path = tmp_path / f"photo.{suffix}"
+        Image.fromarray(pixels).save(path, exif=exif_block(*odd, turned))
+        image, untouched = Image.open(path), Image.open(path)
+        upright = np.asarray(ddp_nas.to_rgb(image))
+        untouched.load()
+        assert image.info == untouched.info
+        assert dict(image.getexif()) == dict(untouched.getexif())
+        assert (np.asarray(image) == np.asarray(untouched)).all()
+        for other in (image, image.copy(), image.crop((0, 0, 60, 40))):
+            assert (np.asarray(ddp_nas.to_rgb(other)) == upright).all()
+
 def test_large_images_are_resized_and_cropped_as_pil_does_it(large_images):
     image = Image.open(large_images / "val" / "cats" / "00.png")
     resized = image.resize((82, 82), Image.Resampling.BILINEAR)  # 256 for 224
