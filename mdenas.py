@@ -619,8 +619,13 @@ def same_everywhere(facts):
 def check_same(ours, theirs, here, there):
     """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
+        other = theirs.get(name)
+        if other != value and name == "classes":  # which may be thousands
+            a, b = sorted(set(value) - set(other)), sorted(set(other) - set(value))
+            raise UserError(f"classes: {len(a)} ({', '.join(a[:3])}) only {here}, and {len(b)} "
+                            f"({', '.join(b[:3])}) only {there}")
+        if other != value:
+            raise UserError(f"{name} is {value} {here}, but {other} {there}")
 
 def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
@@ -710,7 +715,11 @@ def save_checkpoint(args, settings, parts, log):
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        data = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None
@@ -786,6 +795,7 @@ def write_results(args, settings, best, scores, accuracy):
         if args.space == "cell":
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
+        results = json.loads(json.dumps(results), parse_constant=str)  # JSON has no Infinity
         write_file(args.out / "genotype.json", (json.dumps(results, indent=1) + "\n").encode())
     path = "all 28 edges, of which the cells keep 16," if args.space == "cell" else "this chain"
     print0(f"{found}\nvalidation accuracy of {path} in the supernet: {accuracy:.2%}\n"

@@ -244,7 +244,7 @@ def load_genotype(name):
     text, origin = name, {}
     if name in PUBLISHED:
         text = str(PUBLISHED[name])
-    elif not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
+    elif os.path.isfile(name) or not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
         text, origin = read_genotype(name)
     genotype = parse_genotype(text)
     imagenet = name == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
@@ -394,8 +394,6 @@ def load_network(path, device="cpu"):
 
 def read_weights(path):
     """A checkpoint of ours -> its state dict and settings; of others -> its state dict, {}."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
     checkpoint = read_checkpoint(path)
     if "distribution" in checkpoint:
         raise UserError(f"{path} is the checkpoint of a search, not of a network to use")
@@ -848,8 +846,13 @@ def same_everywhere(facts):
 def check_same(ours, theirs, here, there):
     """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
+        other = theirs.get(name)
+        if other != value and name == "classes":  # which may be thousands
+            a, b = sorted(set(value) - set(other)), sorted(set(other) - set(value))
+            raise UserError(f"classes: {len(a)} ({', '.join(a[:3])}) only {here}, and {len(b)} "
+                            f"({', '.join(b[:3])}) only {there}")
+        if other != value:
+            raise UserError(f"{name} is {value} {here}, but {other} {there}")
 
 def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
@@ -937,7 +940,11 @@ def save_checkpoint(args, settings, parts, log):
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        data = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None

@@ -1396,6 +1396,21 @@ def test_an_option_cannot_take_the_name_of_a_setting(name):
     with pytest.raises(ValueError, match=f"the name {name},"):
         ddp_nas.parse_args([], {name: (1, "an option")}, "own")
 
+@whole_run
+def test_an_infinite_option_is_written_as_json(images, tmp_path, monkeypatch):
+    skip_training(mdenas, monkeypatch)
+    def make_own(num_edges, num_ops, seed, limit):
+        return mdenas.MultinomialDistribution(num_edges, num_ops, epochs=2)
+    own = functools.partial(mdenas.main, distribution_class=make_own,
+                            options={"limit": (math.inf, "of something")})
+    monkeypatch.setattr(mdenas, "main", own)
+    monkeypatch.setitem(LENGTH, mdenas, [])
+    finish(mdenas, tiny(mdenas, images, tmp_path / "run"))
+    finish(mdenas, tiny(mdenas, images, tmp_path / "run", "--resume"))
+    text = (tmp_path / "run" / "genotype.json").read_text()
+    results = json.loads(text, parse_constant=fail)
+    assert float(results["settings"]["limit"]) == math.inf
+
 def import_text(script, text):
     """The text, in place of that of the script, as a module."""
     module = types.ModuleType(script.METHOD)
@@ -1951,6 +1966,33 @@ def test_a_damaged_checkpoint_is_refused_and_code_in_it_does_not_run(
         assert sprung.exists()
 
 @whole_run
+@pytest.mark.parametrize("is_folder, cause", [(True, "Is a directory"),
+                                              (False, "Permission denied")])
+def test_a_checkpoint_that_cannot_be_read_says_why(
+        is_folder, cause, begun, images, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(begun[retrain], tmp_path / "run"))
+    checkpoint = out / "checkpoint.pt"
+    if is_folder:
+        checkpoint.unlink()
+        checkpoint.mkdir()
+    for argv in (tiny(retrain, images, out, "--resume"),
+                 ["--evaluate", checkpoint, "--data-dir", images]):
+        if not is_folder:
+            error = PermissionError(errno.EACCES, cause)
+            monkeypatch.setattr(Path, "read_bytes", failing(1, Path.read_bytes, error))
+        assert refusal(retrain, argv) == f"error: {checkpoint} cannot be read: {cause}"
+
+def test_of_a_thousand_classes_those_that_differ_are_named():
+    names = [f"n{i:08}" for i in range(1000)]
+    renamed, fewer = sorted([*names[:7], "wolf", *names[8:]]), names[:-2]
+    for other, words in ((renamed, f"1 ({names[7]}) only here, and 1 (wolf) only there"),
+                         (fewer, f"2 ({names[998]}, {names[999]}) only here, and 0 () only there"),
+                         ([name + "_" for name in names], f"1000 ({names[0]}, ")):
+        with pytest.raises(ddp_nas.UserError) as error:
+            ddp_nas.check_same({"classes": names}, {"classes": other}, "here", "there")
+        assert "classes: " + words in str(error.value) and len(str(error.value)) < 200
+
+@whole_run
 def test_the_checkpoint_of_a_search_is_no_network(begun):
     with pytest.raises(retrain.UserError, match="search"):
         retrain.load_network(begun[ddp_nas] / "checkpoint.pt")
@@ -2068,6 +2110,14 @@ def test_text_that_is_no_genotype_of_the_space(text, words, tmp_path):
     for source in (text, tmp_path / "found.txt"):
         argv = ["--genotype", source, "--out", tmp_path / "run"]
         assert_refused(retrain, argv, tmp_path, *words)
+
+@pytest.mark.parametrize("path", ["Genotype (1)/a.json", "[new]/b.json", "best = [3].txt",
+                                  "x=Genotype(5)"])
+def test_a_file_whose_name_looks_like_a_genotype_is_a_file(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(CELL)
+    assert retrain.load_genotype(path)[0] == retrain.PUBLISHED["MDENAS"]
 
 @pytest.mark.parametrize("argv, words", [
     ("", ["runs/ddp_nas/genotype.json", "python ddp_nas.py"]),
