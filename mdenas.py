@@ -461,9 +461,10 @@ def to_rgb(image):
     """PIL image, upright or not -> upright, RGB. ValueError if a pixel has more than 8 bits."""
     if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-    image.getexif()  # reads the EXIF, where phones store the rotation. Its bytes are dropped, since
-    image.info.pop("exif", None)  # PIL would write them again, and fails at numbers such as -5.
-    return ImageOps.exif_transpose(image).convert("RGB")
+    rgb = image.convert("RGB")  # a copy. It keeps the rotation, which phones store in the EXIF, and
+    rgb.info.clear()  # no more: PIL would write the EXIF again, and fails at numbers such as -5.
+    rgb.getexif()[0x112] = image.getexif().get(0x112, 1)
+    return ImageOps.exif_transpose(rgb)
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -671,8 +672,13 @@ def same_everywhere(facts):
 def check_same(ours, theirs, here, there):
     """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
+        other = theirs.get(name)
+        if other and other != value and name == "classes":  # which may be thousands
+            a, b = sorted(set(value) - set(other)), sorted(set(other) - set(value))
+            raise UserError(f"classes: {len(a)} ({', '.join(a[:3])}) only {here}, and {len(b)} "
+                            f"({', '.join(b[:3])}) only {there}")
+        if other != value:
+            raise UserError(f"{name} is {value} {here}, but {other} {there}")
 
 def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
@@ -684,9 +690,16 @@ def average_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes, which all have gradients for the same weights."""
+    """Over the processes; a gradient that only some of them have counts as 0 in the others."""
     if WORLD_SIZE > 1:
-        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
+        used = torch.tensor([float(weight.grad is not None) for weight in weights])
+        used = used.to(weights[0].device)
+        average_over_processes([used])
+        weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
+        for weight in weights:
+            if weight.grad is None:  # an operation may draw which weights it uses
+                weight.grad = torch.zeros_like(weight)
+        average_over_processes([weight.grad for weight in weights])
 
 def finite_mean(sum_losses, sum_norms, num_steps):
     """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
@@ -755,7 +768,11 @@ def save_checkpoint(args, settings, parts, log):
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        data = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None
@@ -800,6 +817,8 @@ def print_distribution(probabilities, args):
     if args.space == "mobile":
         columns = [f"{kernel}x{kernel},{expansion}" for kernel, expansion in CANDIDATES]
         rows = [f"block {i}" for i in range(len(probabilities))]
+    if not (abs(probabilities) < math.inf).all():  # NaN fails this, too
+        raise ValueError("probabilities hold NaN or infinity")
     shades = "░▒▓█" if "utf" in str(sys.stdout.encoding).lower() else ".:*#"
     print0(" " * 14 + "".join(f"{column:>6}" for column in columns))
     for row, values in zip(rows, probabilities.tolist()):
@@ -819,6 +838,8 @@ def draw_cells(genotype):
 
 def write_results(args, settings, log, best, scores, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
+    if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
+        raise ValueError("scores hold NaN or infinity")
     if args.space == "cell":
         found, edges = derive_cells(best, scores, args.seed), "28 edges, of which the cells keep 16"
     else:
@@ -828,6 +849,7 @@ def write_results(args, settings, log, best, scores, accuracy):
         if args.space == "cell":
             write_file(args.out / "cell.md", draw_cells(found).encode())
         results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
+        results = json.loads(json.dumps(results), parse_constant=str)  # JSON has no Infinity
         write_file(path, (json.dumps(results, indent=1) + "\n").encode())
     ((common, count),) = Counter(row["accuracy"] for row in log).most_common(1)
     if count > len(log) / 2:

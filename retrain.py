@@ -257,7 +257,7 @@ def load_genotype(name):
     text, origin = name, {}
     if name in PUBLISHED:
         text = str(PUBLISHED[name])
-    elif not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
+    elif os.path.isfile(name) or not re.match(r"\s*(\w+\s*=\s*)?(Genotype\s*\(|\[)", name):
         text, origin = read_genotype(name)
     genotype = parse_genotype(text)
     imagenet = name == "DDPNAS_IMAGENET" or not isinstance(genotype, Genotype)
@@ -407,8 +407,6 @@ def load_network(path, device="cpu"):
 
 def read_weights(path):
     """A checkpoint of ours -> its state dict and settings; of others -> its state dict, {}."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
     checkpoint = read_checkpoint(path)
     if "distribution" in checkpoint:
         raise UserError(f"{path} is the checkpoint of a search, not of a network to use")
@@ -677,9 +675,10 @@ def to_rgb(image):
     """PIL image, upright or not -> upright, RGB. ValueError if a pixel has more than 8 bits."""
     if image.mode[0] in "IF":  # PIL would clip 16 bits or floats at 255
         raise ValueError(f"its pixels must have 8 bits, not the mode {image.mode}")
-    image.getexif()  # reads the EXIF, where phones store the rotation. Its bytes are dropped, since
-    image.info.pop("exif", None)  # PIL would write them again, and fails at numbers such as -5.
-    return ImageOps.exif_transpose(image).convert("RGB")
+    rgb = image.convert("RGB")  # a copy. It keeps the rotation, which phones store in the EXIF, and
+    rgb.info.clear()  # no more: PIL would write the EXIF again, and fails at numbers such as -5.
+    rgb.getexif()[0x112] = image.getexif().get(0x112, 1)
+    return ImageOps.exif_transpose(rgb)
 
 def plain_transform(size):
     """PIL image -> (3, size, size) uint8, without augmentation."""
@@ -863,8 +862,13 @@ def same_everywhere(facts):
 def check_same(ours, theirs, here, there):
     """Raise a UserError that names the first entry of ours that theirs lacks or differs in."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{name} is {value} {here}, but {theirs.get(name)} {there}")
+        other = theirs.get(name)
+        if other and other != value and name == "classes":  # which may be thousands
+            a, b = sorted(set(value) - set(other)), sorted(set(other) - set(value))
+            raise UserError(f"classes: {len(a)} ({', '.join(a[:3])}) only {here}, and {len(b)} "
+                            f"({', '.join(b[:3])}) only {there}")
+        if other != value:
+            raise UserError(f"{name} is {value} {here}, but {other} {there}")
 
 def average_over_processes(tensors):
     """Replace each tensor by its mean over the processes, all in one message."""
@@ -876,9 +880,16 @@ def average_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 def average_gradients(weights):
-    """Over the processes, which all have gradients for the same weights."""
+    """Over the processes; a gradient that only some of them have counts as 0 in the others."""
     if WORLD_SIZE > 1:
-        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
+        used = torch.tensor([float(weight.grad is not None) for weight in weights])
+        used = used.to(weights[0].device)
+        average_over_processes([used])
+        weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
+        for weight in weights:
+            if weight.grad is None:  # an operation may draw which weights it uses
+                weight.grad = torch.zeros_like(weight)
+        average_over_processes([weight.grad for weight in weights])
 
 def finite_mean(sum_losses, sum_norms, num_steps):
     """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
@@ -945,7 +956,11 @@ def save_checkpoint(args, settings, parts, log):
 def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        data = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None

@@ -895,6 +895,22 @@ def test_photographs_are_turned_upright(odd, tmp_path):
         assert upright[:20, 30:].min() > 200
         assert upright[40:].max() < 50 and upright[:, :10].max() < 50
 
+def test_an_image_that_was_turned_upright_is_still_as_it_was(tmp_path):
+    """So that a crop or a copy made afterwards can be turned, too."""
+    turned, width = (0x112, 3, 1, struct.pack("<HH", 6, 0)), (0x100, 9, 1, struct.pack("<i", -5))
+    pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    for suffix, odd in itertools.product(("jpg", "png", "webp"), ([], [width])):
+        path = tmp_path / f"photo.{suffix}"
+        Image.fromarray(pixels).save(path, exif=exif_block(*odd, turned))
+        image, untouched = Image.open(path), Image.open(path)
+        upright = np.asarray(ddp_nas.to_rgb(image))
+        untouched.load()
+        assert image.info == untouched.info
+        assert dict(image.getexif()) == dict(untouched.getexif())
+        assert (np.asarray(image) == np.asarray(untouched)).all()
+        for other in (image, image.copy(), image.crop((0, 0, 60, 40))):
+            assert (np.asarray(ddp_nas.to_rgb(other)) == upright).all()
+
 def test_large_images_are_resized_and_cropped_as_pil_does_it(large_images):
     image = Image.open(large_images / "val" / "cats" / "00.png")
     resized = image.resize((82, 82), Image.Resampling.BILINEAR)  # 256 for 224
@@ -1344,10 +1360,56 @@ def test_a_search_checks_what_a_method_gives(member, images, tmp_path, monkeypat
     with pytest.raises(ValueError, match="28 indices from 0 to 7"):
         call_main(mdenas, tiny(mdenas, images, tmp_path / "run", "--epochs", 1))
 
+class Tried(mdenas.MultinomialDistribution):
+    """Knows which operations were tried; `untried` is what it says of the others."""
+    untried = {"probabilities": 0, "scores": -math.inf}
+
+    def sample(self):
+        return torch.randint(8, (28,), generator=self.rng)
+
+    def record(self, sample, accuracy):
+        super().record(sample, accuracy)
+        self.probabilities = torch.where(self.epochs > 0, 0.5, self.untried["probabilities"])
+
+    @property
+    def scores(self):
+        return torch.where(self.epochs > 0, 0.5, self.untried["scores"])
+
+@whole_run
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("member, num_epochs", [("probabilities", 10), ("scores", 12)])
+def test_nan_of_a_method_ends_a_search_which_goes_on_when_it_is_mended(
+        member, num_epochs, value, images, tmp_path, monkeypatch):
+    skip_training(mdenas, monkeypatch)
+    monkeypatch.setattr(mdenas, "main", functools.partial(mdenas.main, distribution_class=Tried))
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{member} hold NaN"):
+        patch.setitem(Tried.untried, member, value)
+        call_main(mdenas, tiny(mdenas, images, out))
+    assert len(load(out / "checkpoint.pt")["log"]) == num_epochs
+    assert not (out / "genotype.json").exists()
+    finish(mdenas, tiny(mdenas, images, out, "--resume"))
+    assert len(read_log(out)) == 12 and read_genotype(out)
+
 @pytest.mark.parametrize("name", ["method", "processes", "images", "classes", "operations"])
 def test_an_option_cannot_take_the_name_of_a_setting(name):
     with pytest.raises(ValueError, match=f"the name {name},"):
         ddp_nas.parse_args([], {name: (1, "an option")}, "own")
+
+@whole_run
+def test_an_infinite_option_is_written_as_json(images, tmp_path, monkeypatch):
+    skip_training(mdenas, monkeypatch)
+    def make_own(num_edges, num_ops, seed, limit):
+        return mdenas.MultinomialDistribution(num_edges, num_ops, epochs=2)
+    own = functools.partial(mdenas.main, distribution_class=make_own,
+                            options={"limit": (math.inf, "of something")})
+    monkeypatch.setattr(mdenas, "main", own)
+    monkeypatch.setitem(LENGTH, mdenas, [])
+    finish(mdenas, tiny(mdenas, images, tmp_path / "run"))
+    finish(mdenas, tiny(mdenas, images, tmp_path / "run", "--resume"))
+    text = (tmp_path / "run" / "genotype.json").read_text()
+    results = json.loads(text, parse_constant=fail)
+    assert float(results["settings"]["limit"]) == math.inf
 
 def import_text(script, text):
     """The text, in place of that of the script, as a module."""
@@ -1593,13 +1655,30 @@ def test_summary_counts_the_classes_of_a_folder(images, tmp_path):
             retrain, [*argv, folder])
 
 # ==== several processes ===========================================================================
-class Linear(nn.Linear):
-    """A network without BatchNorm."""
+class Layers(nn.Module):
+    """Adds up the layers of the sample, and has no BatchNorm."""
     def __init__(self):
-        super().__init__(12, 3)
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 3) for _ in range(4))
 
     def forward(self, images, sample):
-        return super().forward(images.flatten(1))
+        return sum(self.layers[i](images.flatten(1)) for i in sample)
+
+SAMPLES = {  # of each of two processes; no process uses the last layer
+    "the same": ([0, 1], [0, 1]), "as many": ([0, 1], [0, 2]), "fewer": ([0], [2, 0, 1])}
+
+class Drawn(nn.ModuleList):
+    """One of its layers, drawn for every batch."""
+    def forward(self, x):
+        return self[torch.randint(len(self), ())](x)
+
+def drawn_operations(script, either):
+    """Of two convolutions it uses one, or of one it may use none."""
+    def make(c, stride, norm):
+        conv = functools.partial(nn.Conv2d, c, c, 3, stride, padding=1, bias=False)
+        other = conv() if either else nn.AvgPool2d(3, stride, 1)
+        return nn.Sequential(Drawn([conv(), other]), norm(c))
+    return {"none": script.OPS["none"], "drawn": make}
 
 def work(folder, images):
     """What each of two processes does that torchrun starts: this file is their program."""
@@ -1627,20 +1706,26 @@ def work(folder, images):
     assert main(mdenas, "dropout", "--epochs", 2, distribution_class=Drawing) == 0
     torch.save(Dropout.drawn, folder / f"drawn_{rank}.pt")
 
-    data, network = load(folder / "batch.pt"), Linear()
-    network.load_state_dict(data["weights"])
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
+    data = load(folder / "batch.pt")
     half = data["images"][rank::2], data["labels"][rank::2]
     batches = [(scale * half[0], half[1]) for scale in (1, 30, 1)]
-    ddp_nas.train_epoch(network, optimizer, batches, None)
-    torch.save(network.state_dict(), folder / f"steps_{rank}.pt")
+    for name, samples in SAMPLES.items():
+        network = Layers()
+        network.load_state_dict(data["weights"])
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=0.1)
+        ddp_nas.train_epoch(network, optimizer, batches, samples[rank])
+        torch.save(network.state_dict(), folder / f"{name}_{rank}.pt")
+    for script in (mdenas, retrain):
+        for either in (True, False):
+            script.OPS = drawn_operations(script, either)
+            assert main(script, f"{script.METHOD}_{either}", "--epochs", 2) == 0
     sys.exit(main(mdenas, "differ", "--seed", rank))
 
 @pytest.fixture(scope="module")
 def two_processes(images, tmp_path_factory):
     """Both have done their work -> its folder, and what was printed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torch.save({"weights": Linear().state_dict(), "images": torch.randn(10, 3, 2, 2),
+    torch.save({"weights": Layers().state_dict(), "images": torch.randn(10, 3, 2, 2),
                 "labels": torch.randint(3, (10,))}, folder / "batch.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                __file__, folder, images]
@@ -1691,21 +1776,38 @@ def test_two_processes_sample_the_same_and_drop_other_units(two_processes):
     assert not set(drawn[0]) & set(drawn[1])
 
 @whole_run
-def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(two_processes):
+@pytest.mark.parametrize("name", SAMPLES)
+def test_steps_of_two_processes_are_those_of_one_on_the_whole_batch(name, two_processes):
+    """Also where they use other layers: what one of them uses learns, what none uses stays."""
     folder, _ = two_processes
-    data, network = load(folder / "batch.pt"), Linear()
+    data, network = load(folder / "batch.pt"), Layers()
     network.load_state_dict(data["weights"])
-    weights, momenta, norms = list(network.parameters()), [0, 0], []
+    weights, momenta, norms = list(network.parameters()), 8 * [0], []
+    labels = torch.cat([data["labels"][rank::2] for rank in (0, 1)])
     for scale in (1, 30, 1):
-        loss = F.cross_entropy(network(scale * data["images"], None), data["labels"])
-        grads = torch.autograd.grad(loss, weights)
-        norms.append(math.sqrt(sum((grad**2).sum().item() for grad in grads)))
-        for i, grad in enumerate(grads):
-            momenta[i] = 0.9 * momenta[i] + grad * min(1, 5 / norms[-1])
+        logits = [network(scale * data["images"][rank::2], SAMPLES[name][rank]) for rank in (0, 1)]
+        loss = F.cross_entropy(torch.cat(logits), labels)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        used = [i for i in range(8) if grads[i] is not None]
+        norms.append(math.sqrt(sum((grads[i]**2).sum().item() for i in used)))
+        for i in used:
+            decayed = grads[i] * min(1, 5 / norms[-1]) + 0.1 * weights[i].data
+            momenta[i] = 0.9 * momenta[i] + decayed
             weights[i].data.sub_(0.1 * momenta[i])
     assert norms[0] < 5 < norms[1]  # the second gradient was clipped
+    assert len(used) < 8
     for rank in (0, 1):
-        torch.testing.assert_close(load(folder / f"steps_{rank}.pt"), network.state_dict())
+        torch.testing.assert_close(load(folder / f"{name}_{rank}.pt"), network.state_dict())
+
+@whole_run
+@pytest.mark.parametrize("script", [mdenas, retrain])
+@pytest.mark.parametrize("either", [True, False])
+def test_two_processes_that_draw_the_weights_they_use_hold_the_same(script, either, two_processes):
+    folder, _ = two_processes
+    states = [load(folder / f"{script.METHOD}_{either}_{rank}.pt") for rank in (0, 1)]
+    assert [row.pop("epoch") for row in states[0].pop("log")] == [1, 2]
+    states[1].pop("log")
+    assert same(*states)
 
 @whole_run
 def test_processes_compare_images_epochs_and_samples(images, tmp_path, monkeypatch):
@@ -1864,6 +1966,33 @@ def test_a_damaged_checkpoint_is_refused_and_code_in_it_does_not_run(
         assert sprung.exists()
 
 @whole_run
+@pytest.mark.parametrize("is_folder, cause", [(True, "Is a directory"),
+                                              (False, "Permission denied")])
+def test_a_checkpoint_that_cannot_be_read_says_why(
+        is_folder, cause, begun, images, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(begun[retrain], tmp_path / "run"))
+    checkpoint = out / "checkpoint.pt"
+    if is_folder:
+        checkpoint.unlink()
+        checkpoint.mkdir()
+    for argv in (tiny(retrain, images, out, "--resume"),
+                 ["--evaluate", checkpoint, "--data-dir", images]):
+        if not is_folder:
+            error = PermissionError(errno.EACCES, cause)
+            monkeypatch.setattr(Path, "read_bytes", failing(1, Path.read_bytes, error))
+        assert refusal(retrain, argv) == f"error: {checkpoint} cannot be read: {cause}"
+
+def test_of_a_thousand_classes_those_that_differ_are_named():
+    names = [f"n{i:08}" for i in range(1000)]
+    renamed, fewer = sorted([*names[:7], "wolf", *names[8:]]), names[:-2]
+    for other, words in ((renamed, f"1 ({names[7]}) only here, and 1 (wolf) only there"),
+                         (fewer, f"2 ({names[998]}, {names[999]}) only here, and 0 () only there"),
+                         ([name + "_" for name in names], f"1000 ({names[0]}, ")):
+        with pytest.raises(ddp_nas.UserError) as error:
+            ddp_nas.check_same({"classes": names}, {"classes": other}, "here", "there")
+        assert "classes: " + words in str(error.value) and len(str(error.value)) < 200
+
+@whole_run
 def test_the_checkpoint_of_a_search_is_no_network(begun):
     with pytest.raises(retrain.UserError, match="search"):
         retrain.load_network(begun[ddp_nas] / "checkpoint.pt")
@@ -1981,6 +2110,14 @@ def test_text_that_is_no_genotype_of_the_space(text, words, tmp_path):
     for source in (text, tmp_path / "found.txt"):
         argv = ["--genotype", source, "--out", tmp_path / "run"]
         assert_refused(retrain, argv, tmp_path, *words)
+
+@pytest.mark.parametrize("path", ["Genotype (1)/a.json", "[new]/b.json", "best = [3].txt",
+                                  "x=Genotype(5)"])
+def test_a_file_whose_name_looks_like_a_genotype_is_a_file(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(CELL)
+    assert retrain.load_genotype(path)[0] == retrain.PUBLISHED["MDENAS"]
 
 @pytest.mark.parametrize("argv, words", [
     ("", ["runs/ddp_nas/genotype.json", "python ddp_nas.py"]),
