@@ -17,7 +17,7 @@ edge loses the one with the lowest score. The last operation on each edge is the
 This script and mdenas.py are the same to the character, except for the settings, the distribution,
 and a few lines of search() and main().
 """
-import argparse, io, json, math, operator, os, random, sys, time
+import argparse, io, json, math, operator, os, sys, time
 from collections import Counter, namedtuple
 from datetime import timedelta
 from functools import partial
@@ -61,9 +61,9 @@ class DynamicDistribution:
         self.passes, self.decay = passes, decay  # T, and how much of the old theta stays
         self.total_epochs = passes * sum(range(2, num_ops + 1))  # T (K + ... + 3 + 2)
         self.scores = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
-        self.rng = random.Random(seed)
-        # What is left on each edge. It is shuffled, so that chance decides between equal scores.
-        self.alive = [self.rng.sample(range(num_ops), num_ops) for _ in range(num_edges)]
+        self.rng = torch.Generator().manual_seed(seed)
+        # What is left on each edge, shuffled: of equal scores the first one is pruned.
+        self.alive = [shuffled(range(num_ops), self.rng) for _ in range(num_edges)]
         self.queue = []    # the samples of this pass that are not recorded yet
         self.history = []  # of this round: (sample, accuracy)
 
@@ -85,13 +85,14 @@ class DynamicDistribution:
         if len(self.alive[0]) == 1:
             raise ValueError("the search is over: each edge has one operation left, see best()")
         if not self.queue:  # a new pass
-            orders = [self.rng.sample(alive, len(alive)) for alive in self.alive]
+            orders = [shuffled(alive, self.rng) for alive in self.alive]
             self.queue = list(zip(*orders))
         return list(self.queue[0])
 
     def record(self, sample, accuracy):
         """Take in the accuracy, in [0, 1], of the last sample; at the end of a round, prune."""
-        check_accuracy(accuracy)
+        if not 0 <= accuracy <= 1:  # NaN fails this, too
+            raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
         if not self.queue or tuple(sample) != self.queue[0]:
             raise ValueError("record() takes the sample that sample() gave last")
         self.history.append((self.queue.pop(0), float(accuracy)))
@@ -118,16 +119,16 @@ class DynamicDistribution:
 
         The attributes of a subclass must be tensors, numbers, strings, lists or dicts.
         """
-        return {**vars(self), "rng": self.rng.getstate()}
+        return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
         """Go on from a state_dict()."""
-        self.rng.setstate(state["rng"])
+        self.rng.set_state(state["rng"])
         vars(self).update({**state, "rng": self.rng})
 
-def check_accuracy(accuracy):
-    if not 0 <= accuracy <= 1:  # NaN fails this, too
-        raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
+def shuffled(items, rng):
+    order = torch.randperm(len(items), generator=rng)
+    return [items[i] for i in order.tolist()]
 
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
@@ -405,10 +406,10 @@ def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
     A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
-    `none`, the other one of the highest score, pruned or not, takes its place. Chance decides
-    between equals.
+    `none`, the other one of the highest score, pruned or not, takes its place. The seed decides
+    between equals, which it shuffles.
     """
-    draw = random.Random(seed)
+    rng = torch.Generator().manual_seed(seed)
     names, scores = list(OPS), scores.tolist()
     edge, cells = 0, []
     for _ in range(2):  # the normal cell, the reduction cell
@@ -419,11 +420,11 @@ def derive_cells(best, scores, seed=0):
                 op = best[edge]
                 if names[op] == "none":
                     others = [other for other in range(len(names)) if names[other] != "none"]
-                    op = max(others, key=lambda other: (scores[edge][other], draw.random()))
+                    op = max(shuffled(others, rng), key=lambda other: scores[edge][other])
                 operations.append(names[op])
                 strengths.append(scores[edge][op])
                 edge += 1
-            by_strength = sorted(range(node), key=lambda i: (strengths[i], draw.random()))
+            by_strength = sorted(shuffled(range(node), rng), key=lambda source: strengths[source])
             pairs += [(operations[source], source) for source in sorted(by_strength[-2:])]
         cells.append(pairs)
     normal, reduce = cells
@@ -524,7 +525,7 @@ def read_cifar(args, train):
 def open_images(args, split):
     """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
 
-    A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
+    A TensorDataset on the device; for the data set imagenet an ImageFolder.
     """
     if args.dataset == "synthetic":
         count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
@@ -539,7 +540,7 @@ def open_images(args, split):
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
-        if args.image_size > SMALL:
+        if args.dataset == "imagenet":
             return dataset
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
@@ -559,8 +560,9 @@ def shift_and_flip(images, g):
     pad = size // 8  # 4 pixels for images of 32
     shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
-    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
-    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
+    # A copy that blocks would wait until a GPU has done all that it was given so far.
+    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device, non_blocking=True)
+    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device, non_blocking=True)
     padded = F.pad(images, (pad, pad, pad, pad))
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # all, by y and x: (B, 3, Y, X, S, S)
     crops = windows[torch.arange(count, device=y.device), :, y, x]  # one an image: (B, 3, S, S)
@@ -592,15 +594,18 @@ class Batches:
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
+        in_memory = isinstance(self.dataset, TensorDataset)
+        if in_memory:
+            index = index.to(self.device)
         batches = index[:self.num_images].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
-        shares = [share for share in shares if share]  # in a test, the last one may be empty
+        shares = [batch[RANK::WORLD_SIZE] for batch in batches]
+        shares = [share for share in shares if len(share)]  # in a test, the last one may be empty
         on_gpu = self.device == "cuda"
-        if isinstance(self.dataset, TensorDataset):  # which takes a whole share as its index
+        if in_memory:  # a whole share is taken at once
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
         else:  # workers read the images of a share one by one
-            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
-                                pin_memory=on_gpu)
+            loader = DataLoader(self.dataset, batch_sampler=[share.tolist() for share in shares],
+                                num_workers=self.workers, pin_memory=on_gpu)
         for images, labels in with_progress(loader, "training" if self.train else "validation"):
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
@@ -766,13 +771,8 @@ def save_checkpoint(args, settings, parts, log):
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
-    if len(log) == 1:  # now, and not at --resume after hours
-        buffer.seek(0)
-        try:
-            torch.load(buffer, weights_only=True)
-        except Exception as error:
-            raise TypeError("options and a state_dict() may hold tensors, numbers, strings, lists "
-                            "and dicts, nothing else") from error
+    if len(log) == 1:  # what cannot be loaded fails now, and not at --resume after hours
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
@@ -910,9 +910,6 @@ def check_image_size(args):
     if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
         raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
                         "with --dataset imagenet, whose folders need not be ImageNet's")
-    if args.dataset == "imagenet" and args.image_size <= SMALL:
-        raise UserError(f"--image-size: imagenet is for more than {SMALL} pixels; up to {SMALL} "
-                        "with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
@@ -932,8 +929,6 @@ def parse_args(argv, options, method):
     else:
         add("--backbone", choices=BACKBONES, default="gpu", help="widths of the blocks")
     for name, (default, text) in options.items():
-        if name in ("method", "processes", "images", "classes", "operations"):
-            raise ValueError(f"an option cannot have the name {name}, a setting of every run")
         kind = type(default)
         how = {"type": at_least(0, kind) if kind in (int, float) else kind}
         if kind is bool:

@@ -726,7 +726,7 @@ def read_cifar(args, train):
 def open_images(args, split):
     """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
 
-    A TensorDataset on the device; for image files above SMALL pixels an ImageFolder.
+    A TensorDataset on the device; for the data set imagenet an ImageFolder.
     """
     if args.dataset == "synthetic":
         count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
@@ -741,7 +741,7 @@ def open_images(args, split):
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
-        if args.image_size > SMALL:
+        if args.dataset == "imagenet":
             return dataset
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
@@ -761,8 +761,9 @@ def shift_and_flip(images, g):
     pad = size // 8  # 4 pixels for images of 32
     shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
-    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device)
-    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device)
+    # A copy that blocks would wait until a GPU has done all that it was given so far.
+    y, x = shifts[:, RANK::WORLD_SIZE].to(images.device, non_blocking=True)
+    mirrored = mirrored[RANK::WORLD_SIZE].to(images.device, non_blocking=True)
     padded = F.pad(images, (pad, pad, pad, pad))
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # all, by y and x: (B, 3, Y, X, S, S)
     crops = windows[torch.arange(count, device=y.device), :, y, x]  # one an image: (B, 3, S, S)
@@ -794,15 +795,18 @@ class Batches:
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
+        in_memory = isinstance(self.dataset, TensorDataset)
+        if in_memory:
+            index = index.to(self.device)
         batches = index[:self.num_images].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE].tolist() for batch in batches]
-        shares = [share for share in shares if share]  # in a test, the last one may be empty
+        shares = [batch[RANK::WORLD_SIZE] for batch in batches]
+        shares = [share for share in shares if len(share)]  # in a test, the last one may be empty
         on_gpu = self.device == "cuda"
-        if isinstance(self.dataset, TensorDataset):  # which takes a whole share as its index
+        if in_memory:  # a whole share is taken at once
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
         else:  # workers read the images of a share one by one
-            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
-                                pin_memory=on_gpu)
+            loader = DataLoader(self.dataset, batch_sampler=[share.tolist() for share in shares],
+                                num_workers=self.workers, pin_memory=on_gpu)
         for images, labels in with_progress(loader, "training" if self.train else "validation"):
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
@@ -942,13 +946,8 @@ def save_checkpoint(args, settings, parts, log):
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
-    if len(log) == 1:  # now, and not at --resume after hours
-        buffer.seek(0)
-        try:
-            torch.load(buffer, weights_only=True)
-        except Exception as error:
-            raise TypeError("options and a state_dict() may hold tensors, numbers, strings, lists "
-                            "and dicts, nothing else") from error
+    if len(log) == 1:  # what cannot be loaded fails now, and not at --resume after hours
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     lines = [json.dumps(row) + "\n" for row in log]
     write_file(args.out / "log.jsonl", "".join(lines).encode())
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
@@ -1037,9 +1036,6 @@ def check_image_size(args):
     if args.dataset not in ("synthetic", "imagenet") and args.image_size > SMALL:
         raise UserError(f"--image-size: {args.dataset} is for up to {SMALL} pixels; larger images "
                         "with --dataset imagenet, whose folders need not be ImageNet's")
-    if args.dataset == "imagenet" and args.image_size <= SMALL:
-        raise UserError(f"--image-size: imagenet is for more than {SMALL} pixels; up to {SMALL} "
-                        "with --dataset imagefolder")
     if args.space == "cell" and args.image_size % 4:
         raise UserError("--image-size must be a multiple of 4 for cells, two of which halve it")
 
