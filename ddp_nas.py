@@ -6,16 +6,15 @@
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
 A cell is a small graph: an edge applies an operation to the output of an earlier node, and a node
-adds up its edges. The network is a stack of copies of two cells, normal and reduction. A reduction
-cell also halves the image. For ImageNet the network is a chain of blocks, each of which counts as
-an edge. A path picks one of K operations for each of the E edges.
+adds up its edges. The network is a stack of copies of two cells, of which the reduction cell halves
+the image, or a chain of blocks, each of which counts as an edge. A path picks one of K operations
+for each of the E edges.
 
 An epoch of the search samples a path, trains its weights on one half of the training images, and
 measures its accuracy on the other half. Once every operation that is left was sampled T times, each
 edge loses the one with the lowest score. The last operation on each edge is the result.
 
-This script and mdenas.py are the same to the character, except for the settings, the distribution,
-and a few lines of search() and main().
+mdenas.py differs in the settings, the distribution and a few lines of search() and main() alone.
 """
 import argparse, io, json, math, operator, os, sys, time
 from collections import Counter, namedtuple
@@ -63,7 +62,8 @@ class DynamicDistribution:
         self.scores = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
         self.rng = torch.Generator().manual_seed(seed)
         # What is left on each edge, shuffled: of equal scores the first one is pruned.
-        self.alive = [shuffled(range(num_ops), self.rng) for _ in range(num_edges)]
+        self.alive = [torch.randperm(num_ops, generator=self.rng).tolist()
+                      for _ in range(num_edges)]
         self.queue = []    # the samples of this pass that are not recorded yet
         self.history = []  # of this round: (sample, accuracy)
 
@@ -85,7 +85,8 @@ class DynamicDistribution:
         if len(self.alive[0]) == 1:
             raise ValueError("the search is over: each edge has one operation left, see best()")
         if not self.queue:  # a new pass
-            orders = [shuffled(alive, self.rng) for alive in self.alive]
+            orders = [[alive[i] for i in torch.randperm(len(alive), generator=self.rng).tolist()]
+                      for alive in self.alive]
             self.queue = list(zip(*orders))
         return list(self.queue[0])
 
@@ -115,20 +116,13 @@ class DynamicDistribution:
         self.scores = torch.tensor(theta, dtype=torch.float64)
 
     def state_dict(self):
-        """Every attribute, the state of the random generator included; a checkpoint holds it.
-
-        The attributes of a subclass must be tensors, numbers, strings, lists or dicts.
-        """
+        """Every attribute. A subclass may have tensors, numbers, strings, lists and dicts."""
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
         """Go on from a state_dict()."""
         self.rng.set_state(state["rng"])
         vars(self).update({**state, "rng": self.rng})
-
-def shuffled(items, rng):
-    order = torch.randperm(len(items), generator=rng)
-    return [items[i] for i in order.tolist()]
 
 # ==== one epoch ===================================================================================
 def train_epoch(network, optimizer, batches, sample):
@@ -144,8 +138,7 @@ def train_epoch(network, optimizer, batches, sample):
         with autocast(device):
             logits = network(images, sample)
             loss = F.cross_entropy(logits, labels)
-        # Sets gradients to None: weights off the path get none, and the optimizer skips them.
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # to None, so the optimizer leaves the weights off the path alone
         loss.backward()
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP)
@@ -178,8 +171,7 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    batch_size = len(validation) // num_batches
-    batch_size -= batch_size % WORLD_SIZE  # every process gets as many
+    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
             Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
 
@@ -277,10 +269,7 @@ OPS = {  # the space of cells: the candidates of an edge
 }
 
 def dense_gradient(x):
-    """x, whose gradient will be copied out of the wider one that torch.cat hands back.
-
-    On a CPU, BatchNorm's backward pass is 7 to 85 times slower for a slice than for the copy.
-    """
+    """x. Its gradient from torch.cat is a slice, with which BatchNorm is slow, and gets copied."""
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x
@@ -401,13 +390,12 @@ def build_supernet(args, num_classes):
         network = MobileSupernet(args.backbone, num_classes)
     return network.to(args.device, memory_format=torch.channels_last)
 
-# ==== from scores to cells ========================================================================
 def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
     A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
-    `none`, the other one of the highest score, pruned or not, takes its place. The seed decides
-    between equals, which it shuffles.
+    `none`, the other one of the highest score, pruned or not, takes its place. Both are looked for
+    in random order, so that chance decides between equals.
     """
     rng = torch.Generator().manual_seed(seed)
     names, scores = list(OPS), scores.tolist()
@@ -419,13 +407,15 @@ def derive_cells(best, scores, seed=0):
             for source in range(node):
                 op = best[edge]
                 if names[op] == "none":
-                    others = [other for other in range(len(names)) if names[other] != "none"]
-                    op = max(shuffled(others, rng), key=lambda other: scores[edge][other])
+                    others = [other for other in torch.randperm(len(names), generator=rng).tolist()
+                              if names[other] != "none"]
+                    op = max(others, key=lambda other: scores[edge][other])
                 operations.append(names[op])
                 strengths.append(scores[edge][op])
                 edge += 1
-            by_strength = sorted(shuffled(range(node), rng), key=lambda source: strengths[source])
-            pairs += [(operations[source], source) for source in sorted(by_strength[-2:])]
+            sources = torch.randperm(node, generator=rng).tolist()
+            strongest = sorted(sources, key=lambda source: strengths[source])[-2:]
+            pairs += [(operations[source], source) for source in sorted(strongest)]
         cells.append(pairs)
     normal, reduce = cells
     return Genotype(normal, NODES, reduce, NODES)
@@ -492,13 +482,13 @@ def make_gratings(count, size, seed):
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                      # (10, 2)
     labels = torch.randint(len(pairs), (count,), generator=g)
-    mirror = 2 * torch.randint(2, (count, 2), generator=g) - 1
-    angle = pairs[labels] * mirror * math.pi / 8                     # (count, 2), -90 to 90 degrees
-    frequency = 0.08 + 0.12 * torch.rand(count, 2, generator=g)      # cycles per pixel
-    phase = 2 * math.pi * torch.rand(count, 2, generator=g)
+    each = (count, 2, 1, 1)                                          # a number for each grating
+    mirror = 2 * torch.randint(2, each, generator=g) - 1
+    angle = pairs[labels].view(each) * mirror * math.pi / 8          # -90 to 90 degrees
+    frequency = 0.08 + 0.12 * torch.rand(each, generator=g)          # cycles per pixel
+    phase = 2 * math.pi * torch.rand(each, generator=g)
     colour = F.normalize(torch.randn(count, 2, 3, generator=g), dim=2)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
     distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
@@ -535,8 +525,7 @@ def open_images(args, split):
     else:
         folder = args.data_dir / split
         dataset = ImageFolder(folder, args.image_size)
-        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
-               f"{', '.join(dataset.classes[:5])} ...")
+        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes")
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
@@ -544,7 +533,7 @@ def open_images(args, split):
             return dataset
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
-        images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
+        images = torch.cat([images.clone() for images, _ in loader])
         labels, classes = torch.tensor(dataset.targets), dataset.classes
     dataset = TensorDataset(images.to(args.device), labels.to(args.device))
     dataset.classes = classes
@@ -572,10 +561,8 @@ class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
     dataset: of open_images; index (N,): which of its images; batch_size: of all processes, each of
-    which gets its share.
-    train: the images are shuffled and changed by augment(images, generator), and all batches are
-    full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
-    which are the same in every process.
+    which gets its share. train: the images are shuffled and changed by augment(images, generator),
+    and all batches are full. The caller sets `epoch`, which with the seed decides what is random.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
         self.dataset, self.index, self.batch_size = dataset, index, batch_size
@@ -594,42 +581,34 @@ class Batches:
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
-        in_memory = isinstance(self.dataset, TensorDataset)
-        if in_memory:
-            index = index.to(self.device)
         batches = index[:self.num_images].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE] for batch in batches]
-        shares = [share for share in shares if len(share)]  # in a test, the last one may be empty
+        shares = [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
         on_gpu = self.device == "cuda"
-        if in_memory:  # a whole share is taken at once
+        if isinstance(self.dataset, TensorDataset):  # a whole share is taken at once
+            shares = [share.to(self.device) for share in shares]
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
         else:  # workers read the images of a share one by one
-            loader = DataLoader(self.dataset, batch_sampler=[share.tolist() for share in shares],
-                                num_workers=self.workers, pin_memory=on_gpu)
-        for images, labels in with_progress(loader, "training" if self.train else "validation"):
+            shares = [share.tolist() for share in shares]
+            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
+                                pin_memory=on_gpu)
+        last = time.perf_counter()
+        for step, (images, labels) in enumerate(loader, 1):
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
             yield (images - self.mean) / self.std, labels
-
-def with_progress(loader, what):
-    """Yield what the loader yields, and print once a minute how far it is."""
-    last = time.perf_counter()
-    for step, batch in enumerate(loader, 1):
-        yield batch
-        if time.perf_counter() - last > 60:
-            print0(f"    {what}, step {step:,} of {len(loader):,}")
-            last = time.perf_counter()
+            if time.perf_counter() - last > 60:
+                what = "training" if self.train else "validation"
+                print0(f"    {what}, step {step:,} of {len(loader):,}")
+                last = time.perf_counter()
 
 def check_batch_size(size, num_images):
-    if size > num_images:
-        raise UserError(f"--batch-size {size} exceeds the {num_images} images for it (a search "
-                        "splits the training images into halves)")
-    if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
+    if not 2 * WORLD_SIZE <= size <= num_images or size % WORLD_SIZE:  # BatchNorm needs two
         raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
-                        "processes, and give each of them at least 2 images")
+                        f"processes, from {2 * WORLD_SIZE} to {num_images}, the number of images "
+                        "(of which a search splits the training images into halves)")
 
 # ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
@@ -658,12 +637,9 @@ def start_processes(args):
 def begin_epoch(args, epoch, distribution, batches):
     """Draw the sample of an epoch, and seed all else that is random in it -> the sample.
 
-    All of it follows from --seed and the epoch, so that --resume repeats it:
-    - the sample, which a method may draw from torch's generator, the same in every process;
-    - the order of the images, their shifts and flips: the batches draw them from a generator of
-      their own, the same in every process;
-    - dropout in an operation: torch's generator, from here on another one in every process. So a
-      method's record() and best() should draw from a generator of the method, if at all.
+    All of it follows from --seed and the epoch, so that --resume repeats it. The same in every
+    process: the sample, the order of the images, their shifts and flips. Not the same: dropout in
+    an operation. So a method may draw from torch's generator in sample(), but not after it.
     """
     torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)
     sample = check_sample(distribution.sample(), *distribution.probabilities.shape)
@@ -709,8 +685,7 @@ def average_over_processes(tensors):
 def average_gradients(weights):
     """Over the processes; a gradient that only some of them have counts as 0 in the others."""
     if WORLD_SIZE > 1:
-        used = torch.tensor([float(weight.grad is not None) for weight in weights])
-        used = used.to(weights[0].device)
+        used = torch.tensor([float(w.grad is not None) for w in weights]).to(weights[0].device)
         average_over_processes([used])
         weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
         for weight in weights:
@@ -744,16 +719,17 @@ def make_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in args.out.iterdir()}
+        held = {"log.jsonl", "checkpoint.pt", "genotype.json"} & set(os.listdir(args.out))
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
-    held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
                         "folder, or add --resume to go on with its run")
 
 def write_file(path, data):
-    """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
+    """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -766,8 +742,6 @@ def save_checkpoint(args, settings, parts, log):
 
     checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
     """
-    if RANK > 0:
-        return
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
@@ -781,10 +755,9 @@ def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
         data = io.BytesIO(path.read_bytes())
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None
@@ -853,33 +826,31 @@ def write_results(args, settings, log, best, scores, accuracy):
     if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
         raise ValueError("scores hold NaN or infinity")
     if args.space == "cell":
-        found, edges = derive_cells(best, scores, args.seed), "28 edges, of which the cells keep 16"
+        found = derive_cells(best, scores, args.seed)
+        write_file(args.out / "cell.md", draw_cells(found).encode())
     else:
-        found, edges = [CANDIDATES[choice] for choice in best], f"{len(best)} blocks"
+        found = [CANDIDATES[choice] for choice in best]
+    results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
+    results = json.loads(json.dumps(results), parse_constant=str)  # JSON has no Infinity
     path = args.out / "genotype.json"
-    if RANK == 0:
-        if args.space == "cell":
-            write_file(args.out / "cell.md", draw_cells(found).encode())
-        results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
-        results = json.loads(json.dumps(results), parse_constant=str)  # JSON has no Infinity
-        write_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(results, indent=1) + "\n").encode())
     ((common, count),) = Counter(row["accuracy"] for row in log).most_common(1)
     if count > len(log) / 2:
         print0(f"{count} of {len(log)} paths had an accuracy of {common:.2%}: the search could not "
                "tell them apart. More images, as many of each class, or more epochs may help.")
-    print0(f"the best path of the supernet ({edges}): validation accuracy {accuracy:.2%}\n{found}\n"
-           f"to train this from scratch: python retrain.py --genotype {path}")
+    print0(f"validation accuracy of the best path, on all edges of the supernet: {accuracy:.2%}\n"
+           f"{found}\nto train this from scratch: python retrain.py --genotype {path}")
 
 # ==== arguments and main ==========================================================================
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it is, and every default."""
 
-def at_least(least, kind=int, below=math.inf):
-    """An argparse type: a number, at least the least and less than below."""
+def at_least(least, kind=int):
+    """An argparse type: a number, from the least to what 32 bits hold."""
+    most = 2**32 - 1 if kind is int else 1e38
     def number(text):
-        if not least <= kind(text) < below:  # NaN fails this, too
-            limit = f" and below {below}" if below < math.inf else ", and finite"
-            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}")
+        if not least <= kind(text) <= most:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}")
         return kind(text)
     return number
 
@@ -888,16 +859,14 @@ def add_arguments(parser, defaults, method):
     parser.set_defaults(method=method)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
-             "retrain.py, val/<class>/*")
+        help="CIFAR's, or one with train/<class>/* and, for retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the square to which images are resized and cropped; imagefolder is for up to "
-             "64 pixels, imagenet for more")
+        help="side of the square to which images are cropped; more than 64 with imagenet only")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0, below=2**32), default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),

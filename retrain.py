@@ -96,10 +96,7 @@ def sep_conv(c, kernel, stride, norm):
                          depthwise_separable(c, kernel, 1, 1, norm))
 
 def dense_gradient(x):
-    """x, whose gradient will be copied out of the wider one that torch.cat hands back.
-
-    On a CPU, BatchNorm's backward pass is 7 to 85 times slower for a slice than for the copy.
-    """
+    """x. Its gradient from torch.cat is a slice, with which BatchNorm is slow, and gets copied."""
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x
@@ -693,13 +690,13 @@ def make_gratings(count, size, seed):
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                      # (10, 2)
     labels = torch.randint(len(pairs), (count,), generator=g)
-    mirror = 2 * torch.randint(2, (count, 2), generator=g) - 1
-    angle = pairs[labels] * mirror * math.pi / 8                     # (count, 2), -90 to 90 degrees
-    frequency = 0.08 + 0.12 * torch.rand(count, 2, generator=g)      # cycles per pixel
-    phase = 2 * math.pi * torch.rand(count, 2, generator=g)
+    each = (count, 2, 1, 1)                                          # a number for each grating
+    mirror = 2 * torch.randint(2, each, generator=g) - 1
+    angle = pairs[labels].view(each) * mirror * math.pi / 8          # -90 to 90 degrees
+    frequency = 0.08 + 0.12 * torch.rand(each, generator=g)          # cycles per pixel
+    phase = 2 * math.pi * torch.rand(each, generator=g)
     colour = F.normalize(torch.randn(count, 2, 3, generator=g), dim=2)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    angle, frequency, phase = (t[:, :, None, None] for t in (angle, frequency, phase))
     distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
@@ -736,8 +733,7 @@ def open_images(args, split):
     else:
         folder = args.data_dir / split
         dataset = ImageFolder(folder, args.image_size)
-        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes: "
-               f"{', '.join(dataset.classes[:5])} ...")
+        print0(f"{folder}: {len(dataset):,} images of {len(dataset.classes)} classes")
         names = [path.removeprefix(str(folder)) for path, _ in dataset.samples]
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
@@ -745,7 +741,7 @@ def open_images(args, split):
             return dataset
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
-        images = torch.cat([images.clone() for images, _ in with_progress(loader, "reading")])
+        images = torch.cat([images.clone() for images, _ in loader])
         labels, classes = torch.tensor(dataset.targets), dataset.classes
     dataset = TensorDataset(images.to(args.device), labels.to(args.device))
     dataset.classes = classes
@@ -773,10 +769,8 @@ class Batches:
     """Batches for a network: images (B, 3, S, S), normalised, and labels (B,), on the device.
 
     dataset: of open_images; index (N,): which of its images; batch_size: of all processes, each of
-    which gets its share.
-    train: the images are shuffled and changed by augment(images, generator), and all batches are
-    full. The caller sets `epoch`: with the seed it decides the order and the generator's numbers,
-    which are the same in every process.
+    which gets its share. train: the images are shuffled and changed by augment(images, generator),
+    and all batches are full. The caller sets `epoch`, which with the seed decides what is random.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
         self.dataset, self.index, self.batch_size = dataset, index, batch_size
@@ -795,42 +789,34 @@ class Batches:
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
-        in_memory = isinstance(self.dataset, TensorDataset)
-        if in_memory:
-            index = index.to(self.device)
         batches = index[:self.num_images].split(self.batch_size)
-        shares = [batch[RANK::WORLD_SIZE] for batch in batches]
-        shares = [share for share in shares if len(share)]  # in a test, the last one may be empty
+        shares = [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
         on_gpu = self.device == "cuda"
-        if in_memory:  # a whole share is taken at once
+        if isinstance(self.dataset, TensorDataset):  # a whole share is taken at once
+            shares = [share.to(self.device) for share in shares]
             loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
         else:  # workers read the images of a share one by one
-            loader = DataLoader(self.dataset, batch_sampler=[share.tolist() for share in shares],
-                                num_workers=self.workers, pin_memory=on_gpu)
-        for images, labels in with_progress(loader, "training" if self.train else "validation"):
+            shares = [share.tolist() for share in shares]
+            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
+                                pin_memory=on_gpu)
+        last = time.perf_counter()
+        for step, (images, labels) in enumerate(loader, 1):
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
             yield (images - self.mean) / self.std, labels
-
-def with_progress(loader, what):
-    """Yield what the loader yields, and print once a minute how far it is."""
-    last = time.perf_counter()
-    for step, batch in enumerate(loader, 1):
-        yield batch
-        if time.perf_counter() - last > 60:
-            print0(f"    {what}, step {step:,} of {len(loader):,}")
-            last = time.perf_counter()
+            if time.perf_counter() - last > 60:
+                what = "training" if self.train else "validation"
+                print0(f"    {what}, step {step:,} of {len(loader):,}")
+                last = time.perf_counter()
 
 def check_batch_size(size, num_images):
-    if size > num_images:
-        raise UserError(f"--batch-size {size} exceeds the {num_images} images for it (a search "
-                        "splits the training images into halves)")
-    if size % WORLD_SIZE or size < 2 * WORLD_SIZE:  # BatchNorm needs two
+    if not 2 * WORLD_SIZE <= size <= num_images or size % WORLD_SIZE:  # BatchNorm needs two
         raise UserError(f"--batch-size {size} must be a multiple of {WORLD_SIZE}, the number of "
-                        "processes, and give each of them at least 2 images")
+                        f"processes, from {2 * WORLD_SIZE} to {num_images}, the number of images "
+                        "(of which a search splits the training images into halves)")
 
 # ==== processes ===================================================================================
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
@@ -886,8 +872,7 @@ def average_over_processes(tensors):
 def average_gradients(weights):
     """Over the processes; a gradient that only some of them have counts as 0 in the others."""
     if WORLD_SIZE > 1:
-        used = torch.tensor([float(weight.grad is not None) for weight in weights])
-        used = used.to(weights[0].device)
+        used = torch.tensor([float(w.grad is not None) for w in weights]).to(weights[0].device)
         average_over_processes([used])
         weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
         for weight in weights:
@@ -919,16 +904,17 @@ def make_out(args):
     """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in args.out.iterdir()}
+        held = {"log.jsonl", "checkpoint.pt", "genotype.json"} & set(os.listdir(args.out))
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
-    held = names & {"log.jsonl", "checkpoint.pt", "genotype.json"}
     if held and not args.resume:
         raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
                         "folder, or add --resume to go on with its run")
 
 def write_file(path, data):
-    """Write bytes to a temporary name, then rename: the file is the old or the new one, whole."""
+    """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -941,8 +927,6 @@ def save_checkpoint(args, settings, parts, log):
 
     checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
     """
-    if RANK > 0:
-        return
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
@@ -956,10 +940,9 @@ def read_checkpoint(path):
     """The dict that torch.save() wrote to path; code in it does not run."""
     try:
         data = io.BytesIO(path.read_bytes())
+        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return dict(torch.load(data, map_location="cpu", weights_only=True))
     except Exception:  # torch.load has many ways to fail
         raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings, "
                         "which could run code (save network.state_dict() alone)") from None
@@ -1000,12 +983,12 @@ def print_epoch(log, total_epochs, measured, num_images):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it is, and every default."""
 
-def at_least(least, kind=int, below=math.inf):
-    """An argparse type: a number, at least the least and less than below."""
+def at_least(least, kind=int):
+    """An argparse type: a number, from the least to what 32 bits hold."""
+    most = 2**32 - 1 if kind is int else 1e38
     def number(text):
-        if not least <= kind(text) < below:  # NaN fails this, too
-            limit = f" and below {below}" if below < math.inf else ", and finite"
-            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}")
+        if not least <= kind(text) <= most:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}")
         return kind(text)
     return number
 
@@ -1014,16 +997,14 @@ def add_arguments(parser, defaults, method):
     parser.set_defaults(method=method)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-        help="CIFAR's folder, downloaded if missing; or one with train/<class>/* and, for "
-             "retrain.py, val/<class>/*")
+        help="CIFAR's, or one with train/<class>/* and, for retrain.py, val/<class>/*")
     add("--image-size", type=at_least(1), default=defaults["image_size"], metavar="PIXELS",
-        help="side of the square to which images are resized and cropped; imagefolder is for up to "
-             "64 pixels, imagenet for more")
+        help="side of the square to which images are cropped; more than 64 with imagenet only")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
     add("--lr", type=at_least(0, float), default=defaults["lr"],
         help="learning rate of the first epoch")
-    add("--seed", type=at_least(0, below=2**32), default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count()),

@@ -6,10 +6,11 @@
 
 What the scripts share is the same to the character, so it is tested in one of them.
 """
-import ast, contextlib, copy, errno, functools, io, itertools, json, math, multiprocessing
+import ast, contextlib, copy, errno, io, itertools, json, math, multiprocessing
 import os, pickle, re, shutil, struct, subprocess, sys, threading, types, urllib.request
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,61 +49,55 @@ def as_expected(counts, expected):
     return (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 # ==== the distribution of DDP-NAS =================================================================
-def prune_by_hand(history, num_edges, num_ops, passes):
-    """The formula in loops: theta and the alive operations of every edge after every round.
+def prune_in_tensors(history, num_edges, num_ops, passes, decay):
+    """The formula for all edges at once: theta (E, K) and what is alive (E, K) after every round.
 
-    history: (sample, accuracy) of all epochs -> [(lists, sets), ...]
+    history: (sample, accuracy) of all epochs.
     """
-    epochs = iter(history)
-    theta = [[1 / num_ops] * num_ops for _ in range(num_edges)]
-    alive = [set(range(num_ops)) for _ in range(num_edges)]
-    rounds = []
+    theta = np.full((num_edges, num_ops), 1 / num_ops)
+    alive = np.ones((num_edges, num_ops), bool)
+    edges, start, rounds = np.arange(num_edges), 0, []
     for k in range(num_ops, 1, -1):
-        measured = [[next(epochs) for _ in range(k)] for _ in range(passes)]
-        for edge in range(num_edges):
-            expectation = [0.0] * num_ops
-            for one_pass in measured:
-                total = sum(math.exp(100 * accuracy) for _, accuracy in one_pass)
-                for sample, accuracy in one_pass:
-                    expectation[sample[edge]] += math.exp(100 * accuracy) / total / passes
-            theta[edge] = [new + 0.5 * old for new, old in zip(expectation, theta[edge])]
-            weakest = min(sorted(alive[edge]), key=lambda op: theta[edge][op])
-            alive[edge] = alive[edge] - {weakest}
-        rounds.append((list(theta), list(alive)))
+        percent = np.full((passes, num_edges, num_ops), -np.inf)
+        for epoch, (sample, accuracy) in enumerate(history[start:start + passes * k]):
+            percent[epoch // k, edges, sample] = 100 * accuracy
+        start += passes * k
+        exponentials = np.exp(percent - percent.max(2, keepdims=True))
+        softmax = exponentials / exponentials.sum(2, keepdims=True)
+        theta = softmax.mean(0) + decay * theta
+        alive = alive.copy()
+        alive[edges, np.where(alive, theta, np.inf).argmin(1)] = False
+        rounds.append((theta, alive))
     return rounds
 
-@pytest.mark.parametrize("num_edges, num_ops, passes, num_epochs", [
-    (1, 2, 1, 2), (6, 5, 2, 28), (28, 8, 1, 35), (28, 8, 3, 105), (14, 9, 3, 132)])
+@pytest.mark.parametrize("num_edges, num_ops, passes, decay, num_epochs", [
+    (1, 2, 1, 0.5, 2), (6, 5, 2, 0.5, 28), (28, 8, 1, 0.5, 35), (28, 8, 3, 0.5, 105),
+    (14, 9, 3, 0.5, 132), (14, 4, 3, 0, 27), (14, 4, 3, 1, 27)])
 def test_distribution_visits_every_alive_operation_and_prunes_by_theta(
-        num_edges, num_ops, passes, num_epochs):
-    distribution = ddp_nas.DynamicDistribution(num_edges, num_ops, passes, seed=1)
+        num_edges, num_ops, passes, decay, num_epochs):
+    distribution = ddp_nas.DynamicDistribution(num_edges, num_ops, passes, decay, seed=1)
     draw = np.random.default_rng(1)
-    edges = np.arange(num_edges)
-    history, found = [], []
+    edges, history, found = np.arange(num_edges), [], []
     for k in range(num_ops, 1, -1):
-        alive = distribution.alive.numpy().copy()
+        alive = distribution.probabilities.numpy() > 0
         for _ in range(passes):
             visits = np.zeros((num_edges, num_ops), int)
             for _ in range(k):
-                for _ in range(draw.integers(1, 3)):  # of two samples the last one counts
-                    sample = distribution.sample()
+                sample = distribution.sample()
+                assert distribution.sample() == sample  # the same until it is recorded
                 accuracy = draw.uniform(0, 0.05)  # so close that every softmax is in play
                 distribution.record(sample, accuracy)
                 history.append((sample, accuracy))
                 visits[edges, sample] += 1
             assert (visits == alive).all()
-        assert torch.equal(distribution.scores, distribution.theta)
-        found.append((distribution.theta.tolist(), distribution.alive.tolist(),
-                      distribution.probabilities.tolist(), distribution.best()))
+        found.append((distribution.scores, distribution.probabilities, distribution.best()))
     assert len(history) == distribution.total_epochs == num_epochs
 
-    by_hand = prune_by_hand(history, num_edges, num_ops, passes)
-    for (theta, alive, probabilities, best), (right_theta, right_alive) in zip(
-            found, by_hand, strict=True):
-        np.testing.assert_allclose(theta, right_theta, rtol=1e-10)
-        assert [set(np.flatnonzero(row)) for row in alive] == right_alive
-        kept = np.multiply(right_theta, alive)
-        np.testing.assert_allclose(probabilities, kept / kept.sum(1, keepdims=True), rtol=1e-10)
+    right = prune_in_tensors(history, num_edges, num_ops, passes, decay)
+    for (scores, probabilities, best), (theta, alive) in zip(found, right, strict=True):
+        np.testing.assert_allclose(scores, theta, rtol=1e-12)
+        kept = theta * alive
+        np.testing.assert_allclose(probabilities, kept / kept.sum(1, keepdims=True), rtol=1e-12)
         assert best == kept.argmax(1).tolist()
 
 def test_distribution_draws_every_order_on_every_edge_equally_often():
@@ -117,68 +112,55 @@ def test_distribution_draws_every_order_on_every_edge_equally_often():
     assert len(counts) == 6 * 6  # the edges are independent
     assert as_expected(list(counts.values()), [1000 / 36] * 36)
 
-def test_distribution_prunes_the_first_of_equals():
-    distribution = ddp_nas.DynamicDistribution(3, 4, seed=1)
-    for num_pruned in (1, 2, 3):
-        while distribution.num_alive > 4 - num_pruned:
-            distribution.record(distribution.sample(), 0.5)
-        assert distribution.alive.tolist() == 3 * [[op >= num_pruned for op in range(4)]]
-
 @pytest.mark.parametrize("num_ops, passes", [(3, 2), (5, 1)])
-def test_distribution_says_when_its_search_is_over(num_ops, passes):
+def test_distribution_learns_from_its_last_sample_alone_and_says_when_it_is_over(num_ops, passes):
     distribution = ddp_nas.DynamicDistribution(4, num_ops, passes)
     for epoch in range(distribution.total_epochs):
-        distribution.record(distribution.sample(), 1 / (1 + epoch))
+        sample = distribution.sample()
+        distribution.record(sample, 1 / (1 + epoch))
+        before = copy.deepcopy(distribution.state_dict())
+        with pytest.raises(ValueError, match="the sample that sample\\(\\) gave last"):
+            distribution.record(sample, 0.5)  # twice
+        assert same(distribution.state_dict(), before)
     best = distribution.best()
     for _ in range(2 * passes):
         with pytest.raises(ValueError, match="the search is over"):
             distribution.sample()
-        with pytest.raises(ValueError, match="the search is over"):
-            distribution.record(best, 0.5)
     assert distribution.best() == best
-    assert distribution.alive.sum() == 4
 
 # ==== the distribution of MdeNAS ==================================================================
-def transfer_by_hand(p, epochs, accuracies, alpha):
-    """One update of one edge, pair by pair."""
-    new = list(p)
-    for j in range(len(p)):
-        winners = []
-        for i in range(len(p)):
-            if epochs[i] - epochs[j] < 0 and accuracies[i] - accuracies[j] > 0:
-                winners.append(i)
-        for i in winners:
-            paid = min(alpha, p[j] / len(winners))  # who owes more than it has pays all a part
-            new[i] += paid
-            new[j] -= paid
-    return new
-
-def randomise(distribution, draw):
-    """Give it rows of probabilities with many zeros, and histories with many ties."""
-    num_edges, num_ops = distribution.probabilities.shape
-    p = draw.random((num_edges, num_ops)) * draw.integers(2, size=(num_edges, num_ops))
-    p[np.arange(num_edges), draw.integers(num_ops, size=num_edges)] += 0.01  # no row is empty
-    distribution.probabilities = torch.from_numpy(p / p.sum(1, keepdims=True))
-    distribution.epochs = torch.from_numpy(draw.integers(5, size=(num_edges, num_ops)))
-    distribution.accuracies = torch.from_numpy(draw.integers(6, size=(num_edges, num_ops)) / 6)
+def transfer_in_tensors(p, counts, accuracies, alpha):
+    """One update of all edges at once; p, counts and accuracies (E, K)."""
+    dE = counts[:, :, None] - counts[:, None, :]          # (E, K, K)
+    dA = accuracies[:, :, None] - accuracies[:, None, :]  # (E, K, K)
+    wins = (dE < 0) & (dA > 0)                            # i of j
+    defeats = wins.sum(1)                                 # of every j
+    given = np.minimum(alpha * defeats, p)
+    share = given / np.maximum(defeats, 1)
+    return p - given + (wins * share[:, None, :]).sum(2)
 
 @pytest.mark.parametrize("num_ops, alpha", [(2, 0.01), (8, 0.01), (9, 0.2)])
-def test_distribution_updates_as_a_double_loop_does(num_ops, alpha):
+def test_distribution_updates_as_tensors_do(num_ops, alpha):
+    """With rows of probabilities that have many zeros, and accuracies with many ties."""
     distribution = mdenas.MultinomialDistribution(500, num_ops, alpha=alpha, seed=3)
-    randomise(distribution, np.random.default_rng(3))
-    p = distribution.probabilities.tolist()
-    epochs, accuracies = distribution.epochs.tolist(), distribution.accuracies.tolist()
-    sample = distribution.sample()
-    distribution.record(sample, 0.5)
-    for edge, op in enumerate(sample):
-        epochs[edge][op] += 1
-        accuracies[edge][op] = 0.5
-        p[edge] = transfer_by_hand(p[edge], epochs[edge], accuracies[edge], alpha)
-    np.testing.assert_allclose(distribution.probabilities, p, atol=1e-12)
-    assert distribution.epochs.tolist() == epochs
-    assert distribution.accuracies.tolist() == accuracies
+    draw, edges = np.random.default_rng(3), np.arange(500)
+    p = draw.random((500, num_ops)) * draw.integers(2, size=(500, num_ops))
+    p[edges, draw.integers(num_ops, size=500)] += 0.01  # no row is empty
+    p /= p.sum(1, keepdims=True)
+    distribution.probabilities = torch.from_numpy(p)
+    counts, accuracies = np.zeros((2, 500, num_ops))
+    for _ in range(20):
+        sample, accuracy = draw.integers(num_ops, size=500), draw.integers(6) / 6
+        distribution.record(sample.tolist(), accuracy)
+        counts[edges, sample] += 1
+        accuracies[edges, sample] = accuracy
+        p = transfer_in_tensors(p, counts, accuracies, alpha)
+        np.testing.assert_allclose(distribution.probabilities, p, atol=1e-12)
+        assert (distribution.probabilities >= 0).all()
+        p = distribution.probabilities.numpy()
     assert torch.equal(distribution.scores, distribution.probabilities)
-    assert distribution.best() == [row.index(max(row)) for row in distribution.scores.tolist()]
+    highest = distribution.scores.max(1).values
+    assert torch.equal(distribution.scores[edges, distribution.best()], highest)
 
 def test_distribution_is_what_samples_follow():
     p = np.array([[0.5, 0, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4, 0]])
@@ -189,7 +171,7 @@ def test_distribution_is_what_samples_follow():
         sample = distribution.sample()
         distribution.record(sample, 0)  # none is better than another, so they stay
         counts[tuple(sample)] += 1
-    assert (distribution.probabilities.numpy() == p).all()
+    np.testing.assert_allclose(distribution.probabilities, p)
     expected = 10_000 * np.outer(p[0], p[1])  # the edges are independent
     assert counts[expected == 0].sum() == 0
     assert as_expected(counts[expected > 0], expected[expected > 0])
@@ -226,6 +208,27 @@ def test_distribution_finds_the_one_operation_that_matters(script, noise, seed):
     p = distribution.probabilities[edge].tolist()
     assert distribution.best()[edge] == planted
     assert p[planted] > max(0.15, *np.delete(p, planted))
+
+@pytest.mark.parametrize("make", [
+    *(partial(ddp_nas.DynamicDistribution, passes=1, decay=decay) for decay in (0, 0.5, 1)),
+    partial(mdenas.MultinomialDistribution, epochs=5)])
+def test_distribution_leaves_equals_to_chance(make):
+    """Constant accuracies say nothing: each operation, and each pair of sources, is as likely."""
+    operations, names, sources = Counter(), Counter(), Counter()
+    for seed in range(200):
+        distribution = make(28, 8, seed=seed)
+        drive(distribution, lambda sample: 0.5, distribution.total_epochs)
+        operations.update(distribution.best())
+        # Equal scores: in the search, those of a pruned operation are lower.
+        genotype = ddp_nas.derive_cells(distribution.best(), torch.ones(28, 8), seed)
+        for cell in (genotype.normal, genotype.reduce):
+            names.update(name for name, _ in cell)  # in the place of `none` each other one
+            sources[tuple(source for _, source in cell[-2:])] += 1
+    for counts, kinds, draws in ((operations, 8, 200 * 28), (names, 7, 200 * 16),
+                                 (sources, 10, 200 * 2)):
+        shares = np.array(list(counts.values())) / draws
+        assert len(shares) == kinds
+        assert (abs(shares - 1 / kinds) < 4 * np.sqrt((1 - 1 / kinds) / kinds / draws)).all()
 
 @each_search
 def test_distribution_samples_lists_of_numbers_and_refuses_what_is_no_accuracy(script):
@@ -276,35 +279,30 @@ def test_distribution_may_sample_integers_of_any_type_and_nothing_else():
 OPS = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5",
        "dil_conv_3x3", "dil_conv_5x5"]
 
-def derive_by_hand(best, scores):
-    """The 8 pairs (operation, source) of both cells, by trying all pairs of edges of a node.
-
-    best: an operation for each of 28 edges; scores: 28 lists of 8 numbers.
-    """
-    cells, edge = [], 0
-    for _ in ("normal", "reduce"):
-        pairs = []
-        for num_sources in (2, 3, 4, 5):
-            names, strengths = [], []
-            for _ in range(num_sources):
-                row, op = list(scores[edge]), best[edge]
-                if OPS[op] == "none":
-                    row[op] = -1
-                    op = row.index(max(row))
-                names.append(OPS[op])
-                strengths.append(row[op])
-                edge += 1
-            def rank(sources):  # by the weaker edge, then the stronger; of equals the later nodes
-                weaker, stronger = sorted(strengths[source] for source in sources)
-                return weaker, stronger, sources
-            one, other = max(itertools.combinations(range(num_sources), 2), key=rank)
-            pairs += [(names[one], one), (names[other], other)]
-        cells.append(pairs)
-    return cells
-
 def assert_derived(genotype, best, scores):
-    assert [genotype.normal, genotype.reduce] == derive_by_hand(best, scores.tolist())
+    """Each node has the two edges that no other one of its edges beats; scores (28, 8)."""
     assert list(genotype.normal_concat) == list(genotype.reduce_concat) == [2, 3, 4, 5]
+    edge = 0
+    for pairs in (genotype.normal, genotype.reduce):
+        for node in (2, 3, 4, 5):
+            kept = dict(reversed(pair) for pair in pairs[:2])  # source -> operation
+            pairs = pairs[2:]
+            assert len(kept) == 2 and list(kept) == sorted(kept)
+            strengths = {}
+            for source in range(node):
+                row, op = scores[edge].clone(), best[edge]
+                if OPS[op] == "none":
+                    row[0] = -1
+                    op = row.argmax()
+                strengths[source] = row[op]
+                if source in kept:
+                    kept_op = OPS.index(kept[source])
+                    assert kept_op == best[edge] or OPS[best[edge]] == "none"
+                    assert row[kept_op] == row[op] and kept_op > 0
+                edge += 1
+            dropped = [strengths[source] for source in strengths if source not in kept]
+            assert min(strengths[source] for source in kept) >= max([-2, *dropped])
+        assert pairs == []
 
 def test_derived_cells_hold_the_strongest_edges_and_never_none():
     """The best operation of an edge stands on it even if others have higher scores."""
@@ -313,8 +311,7 @@ def test_derived_cells_hold_the_strongest_edges_and_never_none():
     with_ties = torch.randint(1, 4, (50, 28, 8), generator=g).double() / 4
     for scores in (*distinct, *with_ties):
         for best in (torch.randint(8, (28,), generator=g), scores.argmax(1)):
-            genotype = ddp_nas.derive_cells(best.tolist(), scores)
-            assert_derived(genotype, best.tolist(), scores)
+            assert_derived(ddp_nas.derive_cells(best.tolist(), scores), best.tolist(), scores)
 
 @pytest.mark.parametrize("operations", [OPS[1:], [*OPS[1:], "none"]], ids=["without", "last"])
 def test_none_is_a_name_and_not_a_position(operations, monkeypatch):
@@ -1203,7 +1200,7 @@ def test_a_search_from_end_to_end(script, finished):
         assert drawn == [(str(source), op, str(2 + i // 2)) for i, (op, source) in enumerate(pairs)]
 
     text = out.with_suffix(".txt").read_text(encoding="utf-8")
-    assert "36 images of 2 classes: cats, dogs" in text
+    assert "36 images of 2 classes\n" in text
     assert len(re.findall(rf"^epoch +\d+/{num_epochs} ", text, re.M)) == num_epochs
     assert results["genotype"] in text and str(out / "genotype.json") in text.splitlines()[-1]
     if script is ddp_nas:  # after each round a table, with one more pruned operation on each edge
@@ -1339,7 +1336,7 @@ def test_chance_belongs_to_an_epoch_and_validation_drops_nothing(
         script, more, images, tmp_path, monkeypatch):
     """Killed in its last but one epoch and resumed, a search ends as one in one go."""
     monkeypatch.setattr(script, "OPS", dropout_operations(script))
-    monkeypatch.setattr(script, "main", functools.partial(script.main, **more))
+    monkeypatch.setattr(script, "main", partial(script.main, **more))
     Dropout.modes.clear()
     torch.manual_seed(1)
     finish(script, tiny(script, images, tmp_path / "whole"))
@@ -1369,11 +1366,12 @@ class Tried(mdenas.MultinomialDistribution):
 
     def record(self, sample, accuracy):
         super().record(sample, accuracy)
-        self.probabilities = torch.where(self.epochs > 0, 0.5, self.untried["probabilities"])
+        tried = torch.tensor(self.counts) > 0
+        self.probabilities = torch.where(tried, 0.5, self.untried["probabilities"])
 
     @property
     def scores(self):
-        return torch.where(self.epochs > 0, 0.5, self.untried["scores"])
+        return torch.where(torch.tensor(self.counts) > 0, 0.5, self.untried["scores"])
 
 @whole_run
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -1381,7 +1379,7 @@ class Tried(mdenas.MultinomialDistribution):
 def test_nan_of_a_method_ends_a_search_which_goes_on_when_it_is_mended(
         member, num_epochs, value, images, tmp_path, monkeypatch):
     skip_training(mdenas, monkeypatch)
-    monkeypatch.setattr(mdenas, "main", functools.partial(mdenas.main, distribution_class=Tried))
+    monkeypatch.setattr(mdenas, "main", partial(mdenas.main, distribution_class=Tried))
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{member} hold NaN"):
         patch.setitem(Tried.untried, member, value)
@@ -1391,51 +1389,12 @@ def test_nan_of_a_method_ends_a_search_which_goes_on_when_it_is_mended(
     finish(mdenas, tiny(mdenas, images, out, "--resume"))
     assert len(read_log(out)) == 12 and read_genotype(out)
 
-@pytest.mark.parametrize("name", ["method", "processes", "images", "classes", "operations"])
-def test_an_option_cannot_take_the_name_of_a_setting(name):
-    with pytest.raises(ValueError, match=f"the name {name},"):
-        ddp_nas.parse_args([], {name: (1, "an option")}, "own")
-
-@whole_run
-def test_an_infinite_option_is_written_as_json(images, tmp_path, monkeypatch):
-    skip_training(mdenas, monkeypatch)
-    def make_own(num_edges, num_ops, seed, limit):
-        return mdenas.MultinomialDistribution(num_edges, num_ops, epochs=2)
-    own = functools.partial(mdenas.main, distribution_class=make_own,
-                            options={"limit": (math.inf, "of something")})
-    monkeypatch.setattr(mdenas, "main", own)
-    monkeypatch.setitem(LENGTH, mdenas, [])
-    finish(mdenas, tiny(mdenas, images, tmp_path / "run"))
-    finish(mdenas, tiny(mdenas, images, tmp_path / "run", "--resume"))
-    text = (tmp_path / "run" / "genotype.json").read_text()
-    results = json.loads(text, parse_constant=fail)
-    assert float(results["settings"]["limit"]) == math.inf
-
-def import_text(script, text):
-    """The text, in place of that of the script, as a module."""
-    module = types.ModuleType(script.METHOD)
-    exec(compile(text, script.METHOD, "exec"), vars(module))
-    return module
-
-@whole_run
-@each_script
-def test_a_torch_without_torch_distributed_is_enough(script, images, tmp_path, monkeypatch):
-    """In some builds the module is there, and hardly anything in it."""
-    absent = types.ModuleType("torch.distributed")
-    absent.is_available = lambda: False
-    monkeypatch.setattr(torch, "distributed", absent)
-    monkeypatch.setitem(sys.modules, "torch.distributed", absent)
-    loaded = import_text(script, TEXTS[script])
-    assert loaded.dist is absent
-    finish(loaded, tiny(script, images, tmp_path / "run"))
-    assert len(read_log(tmp_path / "run")) == NUM_EPOCHS[script]
-
 @whole_run
 def test_a_state_that_resume_cannot_read_ends_the_run_at_its_first_checkpoint(
         images, tmp_path, monkeypatch):
     own = {"own": np.mean([0.5])}
     monkeypatch.setattr(mdenas.MultinomialDistribution, "state_dict", lambda self: own)
-    with pytest.raises(TypeError, match="tensors, numbers, strings, lists and dicts"):
+    with pytest.raises(pickle.UnpicklingError, match="numpy"):
         call_main(mdenas, tiny(mdenas, images, tmp_path / "run"))
     assert read_log(tmp_path / "run") == []
 
@@ -1675,7 +1634,7 @@ class Drawn(nn.ModuleList):
 def drawn_operations(script, either):
     """Of two convolutions it uses one, or of one it may use none."""
     def make(c, stride, norm):
-        conv = functools.partial(nn.Conv2d, c, c, 3, stride, padding=1, bias=False)
+        conv = partial(nn.Conv2d, c, c, 3, stride, padding=1, bias=False)
         other = conv() if either else nn.AvgPool2d(3, stride, 1)
         return nn.Sequential(Drawn([conv(), other]), norm(c))
     return {"none": script.OPS["none"], "drawn": make}
@@ -1684,7 +1643,8 @@ def work(folder, images):
     """What each of two processes does that torchrun starts: this file is their program."""
     rank = ddp_nas.RANK
     ddp_nas.BACKBONES["cpu"] = [(8, 1), (8, 2)], 16
-    ddp_nas.start_processes(Namespace(device="cpu", dataset="", method=""))  # for all that follows
+    # For all that follows:
+    ddp_nas.start_processes(Namespace(device="cpu", dataset="", method="", seed=0))
     dist.init_process_group = dist.destroy_process_group = lambda *args: None
 
     def main(script, out, *more, space="cell", **own):
@@ -2164,8 +2124,8 @@ def test_what_two_scripts_define_is_the_same_to_the_character(scripts):
 def test_the_searches_differ_little_and_keep_their_state_in_the_same_way():
     differing = Counter(TEXTS[ddp_nas].splitlines())
     differing.subtract(Counter(TEXTS[mdenas].splitlines()))
-    assert 0 < sum(abs(count) for count in differing.values()) <= 112
-    methods = [text[text.index("    def state_dict(self)"):text.index("def check_accuracy")]
+    assert 0 < sum(abs(count) for count in differing.values()) <= 127
+    methods = [text[text.index("    def state_dict(self)"):text.index("# ==== one epoch")]
                for text in (TEXTS[ddp_nas], TEXTS[mdenas])]
     assert methods[0] == methods[1] and "def load_state_dict" in methods[0]
 
@@ -2243,71 +2203,11 @@ def test_readme_finds_better_than_random_search_where_accuracies_add_up(
     pruned, random = map(float, re.findall(r": ([\d.]+) %", capsys.readouterr().out))
     assert random < pruned <= 80 + 10 * worth.max(1).mean()
 
-def import_changed(script, old, new):
-    """The script as a module, with this change of its text."""
-    assert TEXTS[script].count(old) == 1
-    return import_text(script, TEXTS[script].replace(old, new))
-
 def test_readme_coursework_prints_the_regret_of_both_methods(capsys):
     assert COURSEWORK.count("200") == 2
     exec(COURSEWORK.replace("200", "3"), {})
     shown = re.findall(r"^(\w+) [\d.]+ ± [\d.]+$", capsys.readouterr().out, re.M)
     assert shown == ["DynamicDistribution", "MultinomialDistribution"]
-
-@pytest.mark.parametrize("script, old, new, answer", [
-    (ddp_nas, "passes=3", "passes=3", 0.449), (mdenas, "alpha=0.01", "alpha=0.01", 0.898),
-    (ddp_nas, "passes=3", "passes=1", 0.634), (ddp_nas, "passes=3", "passes=9", 0.241),
-    (ddp_nas, "decay=0.5", "decay=0", 0.554), (ddp_nas, "decay=0.5", "decay=1", 0.392),
-    (ddp_nas, "(100 * self", "(10 * self", 0.384), (ddp_nas, "(100 * self", "(1000 * self", 0.510),
-    (mdenas, "wins = (dE < 0) & (dA > 0)", "wins = (dA > 0)", 0.519)])
-def test_readme_answers_to_the_coursework(script, old, new, answer):
-    """With 60 of the 200 seeds; the unchanged code is twice as far away as what is allowed here."""
-    assert f"{answer:.3f}" in README
-    module = import_changed(script, old, new)
-    method = module.DynamicDistribution if script is ddp_nas else module.MultinomialDistribution
-    block = {"print": lambda *args: None}
-    exec(COURSEWORK.replace("200", "3"), block)
-    regrets = [block["regret"](method(28, 8, seed=1000 + seed), seed) for seed in range(60)]
-    unchanged = 0.449 if script is ddp_nas else 0.898
-    tolerance = 0.028 if old == new else abs(answer - unchanged) / 2
-    assert abs(np.mean(regrets) - answer) < tolerance
-
-# ==== the selections that the top of this file names ==============================================
-class Selected:
-    """A plugin of pytest that keeps the names of the selected tests."""
-    def pytest_collection_finish(self, session):
-        self.names = {item.originalname for item in session.items}
-
-def select(expression):
-    """The names of the tests here that pytest -k selects."""
-    selected = Selected()
-    pytest.main(["--collect-only", "-p", "no:cacheprovider", "-k", expression, __file__],
-                plugins=[selected])
-    return selected.names
-
-def test_the_documented_selections_hold_what_they_say():
-    """Against the functions that the tests use, and against the chapters of this file."""
-    text = Path(__file__).read_text(encoding="utf-8")
-    names_in = {}  # each function here -> its variables, attributes and fixtures
-    for function in ast.parse(text).body:
-        if isinstance(function, ast.FunctionDef):
-            names_in[function.name] = {getattr(node, kind, None) for node in ast.walk(function)
-                                       for kind in ("id", "attr", "arg")}
-    running = {"main", "call_main", "finish", "run_program", "subprocess"}
-    for _ in names_in:  # what uses a helper or a fixture that runs, runs, but for these two
-        running |= {name for name in names_in if names_in[name] & running} - {"refusal", "select"}
-    tests = {name for name in names_in if name.startswith("test_")}
-    assert len(tests & running) > 30
-    assert '-k "not whole_run" ' in __doc__
-    assert select("not whole_run") == tests - running
-
-    of_distributions = set()
-    for chapter in text.split("\n# ==== ")[1:]:
-        if "distribution" in chapter.splitlines()[0]:
-            of_distributions.update(re.findall(r"^def (test_\w+)", chapter, re.M))
-    assert len(of_distributions) > 5 and not of_distributions & running
-    assert "-k distribution " in __doc__ and "-k distribution" in " ".join(README.split())
-    assert select("distribution") == of_distributions
 
 if __name__ == "__main__":  # torchrun starts it, for the tests of several processes
     work(Path(sys.argv[1]), sys.argv[2])
