@@ -574,18 +574,13 @@ class Batches:
             shares = [share.tolist() for share in shares]
             loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
                                 pin_memory=on_gpu)
-        last = time.perf_counter()
-        for step, (images, labels) in enumerate(loader, 1):
+        for images, labels in loader:
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
             yield (images - self.mean) / self.std, labels
-            if time.perf_counter() - last > 60:
-                what = "training" if self.train else "validation"
-                print0(f"    {what}, step {step:,} of {len(loader):,}")
-                last = time.perf_counter()
 
 def check_batch_size(size, num_images):
     if not 2 * WORLD_SIZE <= size <= num_images or size % WORLD_SIZE:  # BatchNorm needs two
@@ -698,17 +693,6 @@ def run_settings(args):
     settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     return {"method": args.method, **settings, "processes": WORLD_SIZE}
 
-def make_out(args):
-    """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        held = {"log.jsonl", "checkpoint.pt", "genotype.json"} & set(os.listdir(args.out))
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from None
-    if held and not args.resume:
-        raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or add --resume to go on with its run")
-
 def write_file(path, data):
     """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
     if RANK > 0:
@@ -746,8 +730,11 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
-    path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
+    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs.
+
+    Without --resume, a UserError if --out holds a run: of two that begin at once, one fails here.
+    """
+    path, log = args.out / "checkpoint.pt", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
         check_same(settings, checkpoint.get("settings", {}), "in this command",
@@ -757,9 +744,11 @@ def load_checkpoint(args, settings, parts):
         log = checkpoint["log"]
     elif RANK == 0:
         try:
-            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "log.jsonl").touch(exist_ok=args.resume)
         except OSError as error:
-            raise UserError(f"{log_path} cannot be created: {error.strerror}") from None
+            raise UserError(f"--out: {error.filename}: {error.strerror}. Name another folder, or "
+                            "add --resume to go on with the run in this one") from None
     same_everywhere({"number of epochs in --out": len(log)})
     return log
 
@@ -923,7 +912,6 @@ def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS,
     """
     def run():
         args = parse_args(argv, options, method)
-        make_out(args)
         start_processes(args)
         num_edges, num_ops = 2 * NUM_EDGES, len(OPS)
         if args.space == "mobile":

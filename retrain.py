@@ -799,18 +799,13 @@ class Batches:
             shares = [share.tolist() for share in shares]
             loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
                                 pin_memory=on_gpu)
-        last = time.perf_counter()
-        for step, (images, labels) in enumerate(loader, 1):
+        for images, labels in loader:
             images = images.to(self.device, non_blocking=on_gpu)
             labels = labels.to(self.device, non_blocking=on_gpu)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
             yield (images - self.mean) / self.std, labels
-            if time.perf_counter() - last > 60:
-                what = "training" if self.train else "validation"
-                print0(f"    {what}, step {step:,} of {len(loader):,}")
-                last = time.perf_counter()
 
 def check_batch_size(size, num_images):
     if not 2 * WORLD_SIZE <= size <= num_images or size % WORLD_SIZE:  # BatchNorm needs two
@@ -900,17 +895,6 @@ def run_settings(args):
     settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     return {"method": args.method, **settings, "processes": WORLD_SIZE}
 
-def make_out(args):
-    """Make the folder --out. UserError if it holds a run, unless --resume goes on with it."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        held = {"log.jsonl", "checkpoint.pt", "genotype.json"} & set(os.listdir(args.out))
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from None
-    if held and not args.resume:
-        raise UserError(f"--out {args.out} holds {', '.join(sorted(held))} already: name another "
-                        "folder, or add --resume to go on with its run")
-
 def write_file(path, data):
     """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
     if RANK > 0:
@@ -948,8 +932,11 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in checkpoint.pt, if there is one -> the log of its epochs."""
-    path, log_path, log = args.out / "checkpoint.pt", args.out / "log.jsonl", []
+    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs.
+
+    Without --resume, a UserError if --out holds a run: of two that begin at once, one fails here.
+    """
+    path, log = args.out / "checkpoint.pt", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
         check_same(settings, checkpoint.get("settings", {}), "in this command",
@@ -959,9 +946,11 @@ def load_checkpoint(args, settings, parts):
         log = checkpoint["log"]
     elif RANK == 0:
         try:
-            log_path.touch(exist_ok=args.resume)  # of two runs that begin at once, one fails here
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "log.jsonl").touch(exist_ok=args.resume)
         except OSError as error:
-            raise UserError(f"{log_path} cannot be created: {error.strerror}") from None
+            raise UserError(f"--out: {error.filename}: {error.strerror}. Name another folder, or "
+                            "add --resume to go on with the run in this one") from None
     same_everywhere({"number of epochs in --out": len(log)})
     return log
 
@@ -1126,8 +1115,6 @@ def main(argv=None):
     """Train, test or summarise -> exit code."""
     def run():
         args = parse_args(argv)
-        if not (args.summary or args.evaluate):
-            make_out(args)
         start_processes(args)
         torch.backends.cudnn.allow_tf32 = False  # errors are measured in full float32
         if args.summary:
