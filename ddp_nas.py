@@ -52,7 +52,7 @@ class DynamicDistribution:
         theta(o) <- 1/T sum_t softmax_o(100 a_t(o)) + decay * theta(o)
 
     with a softmax over its k operations, of accuracies in percent, and the one with the smallest
-    theta is pruned, for good. So theta decides what is pruned; what is left is sampled equally often.
+    theta is pruned, for good. Theta decides what is pruned; what is left is sampled equally often.
 
     scores (E, K): theta, 1 / K at the start. In the found cell a node keeps its 2 best edges.
     """

@@ -567,6 +567,35 @@ def test_networks_of_blocks_compute_their_definition(backbone):
     compare(supernet, network_of_blocks, (backbone, pairs), 64, 1e-3, sample)
     compare(network, network_of_blocks, (backbone, pairs), 64, 1e-3)
 
+@pytest.mark.parametrize("name, share", [
+    ("avg_pool_3x3", 1), ("skip_connect", 1 / 2), ("sep_conv_3x3", 1), ("sep_conv_5x5", 1),
+    ("dil_conv_3x3", 1 / 4), ("dil_conv_5x5", 1 / 4)])
+def test_what_share_of_its_input_an_operation_of_stride_2_reads(name, share):
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 16, 16, requires_grad=True)
+    ddp_nas.OPS[name](4, 2, nn.BatchNorm2d)(x.exp() + 1).pow(3).sum().backward()
+    read = (x.grad != 0).any(0).any(0)  # (16, 16); exp and 1: no ReLU hides a pixel
+    assert read.float().mean() == share
+
+@pytest.mark.parametrize("script", [ddp_nas, retrain], ids=lambda script: script.METHOD)
+def test_batchnorms_get_dense_gradients(script):
+    """With a slice of a wider tensor they would be slow."""
+    if script is ddp_nas:
+        network, more = ddp_nas.CellSupernet(4, 3, 10), [28 * [6]]
+    else:
+        network, more = retrain.build_network(retrain.PUBLISHED["DDPNAS_1"], channels=4, cells=3), []
+    gradients = []
+    def watch(module, inputs, output):
+        output.register_hook(gradients.append)
+    for module in network.cells.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(watch)
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)(images, *more).sum().backward()
+    assert len(gradients) > 20
+    for gradient in gradients:
+        assert gradient.numel() == gradient.untyped_storage().nbytes() // 4
+
 # ==== the sizes of the networks ===================================================================
 def count_weights(module):
     return sum(weight.numel() for weight in module.parameters())
@@ -1356,6 +1385,18 @@ def test_a_search_checks_what_a_method_gives(member, images, tmp_path, monkeypat
     monkeypatch.setattr(mdenas.MultinomialDistribution, member, lambda self: [*27 * [0], -1])
     with pytest.raises(ValueError, match="28 indices from 0 to 7"):
         call_main(mdenas, tiny(mdenas, images, tmp_path / "run", "--epochs", 1))
+
+@whole_run
+@each_search
+def test_a_search_says_when_its_paths_cannot_be_told_apart(script, images, tmp_path, monkeypatch):
+    skip_training(script, monkeypatch)
+    for number, accuracies in enumerate(([0.25, 0.5, 0.5], [0.25, 0.5])):
+        values = itertools.cycle(accuracies)
+        monkeypatch.setattr(script, "evaluate", lambda *args: next(values))
+        text = finish(script, tiny(script, images, tmp_path / str(number)))
+        num_epochs = NUM_EPOCHS[script]
+        said = f"\n{2 * num_epochs // 3} of {num_epochs} paths had an accuracy of 50.00%: "
+        assert (said in text) == (number == 0)
 
 class Tried(mdenas.MultinomialDistribution):
     """Knows which operations were tried; `untried` is what it says of the others."""
