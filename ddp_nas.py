@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=8 ddp_nas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
 A cell is a small graph: an edge applies an operation to the output of an earlier node, and a node
-adds up its edges. The network is a stack of copies of two cells, of which the reduction cell halves
-the image, or a chain of blocks, each of which counts as an edge. A path picks one of K operations
-for each of the E edges.
+adds up its edges. The network is a stack of copies of two cells; one of them halves the image. For
+ImageNet it is a chain of blocks, each of which counts as an edge. A path is one of K operations for
+each of the E edges.
 
 An epoch of the search samples a path, trains its weights on one half of the training images, and
 measures its accuracy on the other half. Once every operation that is left was sampled T times, each
@@ -52,7 +52,8 @@ class DynamicDistribution:
         theta(o) <- 1/T sum_t softmax_o(100 a_t(o)) + decay * theta(o)
 
     with a softmax over its k operations, of accuracies in percent, and the one with the smallest
-    theta is pruned, for good. Theta decides what is pruned; what is left is sampled equally often.
+    theta is pruned, for good. The theta of a pruned one only decays from then on. So theta decides
+    what is pruned; what is left is sampled equally often.
 
     scores (E, K): theta, 1 / K at the start. In the found cell a node keeps its 2 best edges.
     """
@@ -116,7 +117,7 @@ class DynamicDistribution:
         self.scores = torch.tensor(theta, dtype=torch.float64)
 
     def state_dict(self):
-        """Every attribute. A subclass may have tensors, numbers, strings, lists and dicts."""
+        """Every attribute: tensors, numbers, strings, lists, tuples and dicts alone."""
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
@@ -192,7 +193,8 @@ def search(args, distribution):
     for epoch in range(len(log), distribution.total_epochs):
         start = time.perf_counter()
         num_alive = count_alive(distribution)
-        sample = begin_epoch(args, epoch, distribution, train_half)
+        sample = draw_sample(args, epoch, distribution)
+        train_half.epoch = epoch
         loss = train_epoch(network, optimizer, train_half, sample)
         accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
@@ -207,14 +209,18 @@ def search(args, distribution):
 
     best = check_sample(distribution.best(), *distribution.probabilities.shape)
     accuracy = evaluate(network, validation_half, best)
-    write_results(args, settings, log, best, distribution.scores, accuracy)
+    if args.space == "cell":
+        found = derive_cells(best, distribution.scores, args.seed)
+    else:
+        found = [CANDIDATES[choice] for choice in best]
+    write_results(args, settings, log, found, accuracy)
 
 def count_alive(distribution):
-    """k, the largest number of operations that an edge can still choose from."""
+    """k, how many operations are left on an edge; the most, where a method differs in that."""
     return (distribution.probabilities > 0).sum(1).max().item()
 
 # ==== operations ==================================================================================
-NODES = range(2, 6)     # of a cell; 0 and 1 are its inputs. An edge comes from every earlier number
+NODES = range(2, 6)     # of a cell, each with an edge from every lower number; 0 and 1: its inputs
 NUM_EDGES = sum(NODES)  # of a cell, 2 + 3 + 4 + 5, sorted by node, then by source
 
 class Zero(nn.Module):
@@ -244,8 +250,8 @@ def relu_conv_bn(c_in, c_out, norm):
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
     relu = nn.ReLU()
-    if stride == dilation == 2:  # reads every second pixel alone, as a plain conv of these does
-        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)
+    if stride == dilation == 2:  # never reads odd rows and columns: a plain conv of the even ones
+        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)  # the pool is x[:, :, ::2, ::2]
         stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
@@ -269,7 +275,7 @@ OPS = {  # the space of cells: the candidates of an edge
 }
 
 def dense_gradient(x):
-    """x. Its gradient from torch.cat is a slice, with which BatchNorm is slow, and gets copied."""
+    """Return x, and copy its gradient: torch.cat gives a slice, with which BatchNorm is slow."""
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x
@@ -394,9 +400,11 @@ def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
     A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
-    `none`, the other one of the highest score, pruned or not, takes its place. Both are looked for
-    in random order, so that chance decides between equals.
+    `none`, the one with the highest score of all others, pruned or not, takes its place. Chance
+    decides between operations, and between edges, of equal scores.
     """
+    if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
+        raise ValueError("scores hold NaN or infinity")
     rng = torch.Generator().manual_seed(seed)
     names, scores = list(OPS), scores.tolist()
     edge, cells = 0, []
@@ -629,17 +637,16 @@ def start_processes(args):
     print0(", ".join(f"{name} {value}" for name, value in settings.items()))
     same_everywhere(settings)
 
-def begin_epoch(args, epoch, distribution, batches):
-    """Draw the sample of an epoch, and seed all else that is random in it -> the sample.
+def draw_sample(args, epoch, distribution):
+    """The sample of an epoch, the same in every process; seeds dropout, which is not the same.
 
-    All of it follows from --seed and the epoch, so that --resume repeats it. The same in every
-    process: the sample, the order of the images, their shifts and flips. Not the same: dropout in
-    an operation. So a method may draw from torch's generator in sample(), but not after it.
+    Both follow from --seed and the epoch, so that --resume repeats them, as do the order of the
+    images, their shifts and flips, for which Batches has a generator of its own. A method may draw
+    from torch's generator in sample(), but not in record() or best().
     """
     torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)
     sample = check_sample(distribution.sample(), *distribution.probabilities.shape)
     same_everywhere({"the sample": sample})
-    batches.epoch = epoch
     torch.manual_seed(1_000_003 * args.seed + 500_000 + WORLD_SIZE * epoch + RANK)
     return sample
 
@@ -810,15 +817,10 @@ def draw_cells(genotype):
         graphs.append(f"## {title}\n\n```mermaid\n" + "\n    ".join(lines) + "\n```\n")
     return "\n".join(graphs)
 
-def write_results(args, settings, log, best, scores, accuracy):
+def write_results(args, settings, log, found, accuracy):
     """Write and print the architecture; accuracy: of the best path in the supernet."""
-    if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
-        raise ValueError("scores hold NaN or infinity")
     if args.space == "cell":
-        found = derive_cells(best, scores, args.seed)
         write_file(args.out / "cell.md", draw_cells(found).encode())
-    else:
-        found = [CANDIDATES[choice] for choice in best]
     results = {"genotype": str(found), "validation_accuracy": accuracy, "settings": settings}
     results = json.loads(json.dumps(results), parse_constant=str)  # JSON has no Infinity
     path = args.out / "genotype.json"

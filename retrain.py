@@ -55,7 +55,7 @@ MAY_DIFFER = (  # between a run and its --resume
     "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name")
 
 # ==== operations ==================================================================================
-NODES = range(2, 6)     # of a cell; 0 and 1 are its inputs. An edge comes from every earlier number
+NODES = range(2, 6)     # of a cell, each with an edge from every lower number; 0 and 1: its inputs
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -84,8 +84,8 @@ def relu_conv_bn(c_in, c_out, norm):
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
     relu = nn.ReLU()
-    if stride == dilation == 2:  # reads every second pixel alone, as a plain conv of these does
-        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)
+    if stride == dilation == 2:  # never reads odd rows and columns: a plain conv of the even ones
+        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)  # the pool is x[:, :, ::2, ::2]
         stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
@@ -96,7 +96,7 @@ def sep_conv(c, kernel, stride, norm):
                          depthwise_separable(c, kernel, 1, 1, norm))
 
 def dense_gradient(x):
-    """x. Its gradient from torch.cat is a slice, with which BatchNorm is slow, and gets copied."""
+    """Return x, and copy its gradient: torch.cat gives a slice, with which BatchNorm is slow."""
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x

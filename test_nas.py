@@ -583,7 +583,8 @@ def test_batchnorms_get_dense_gradients(script):
     if script is ddp_nas:
         network, more = ddp_nas.CellSupernet(4, 3, 10), [28 * [6]]
     else:
-        network, more = retrain.build_network(retrain.PUBLISHED["DDPNAS_1"], channels=4, cells=3), []
+        genotype, more = retrain.PUBLISHED["DDPNAS_1"], []
+        network = retrain.build_network(genotype, channels=4, cells=3)
     gradients = []
     def watch(module, inputs, output):
         output.register_hook(gradients.append)
@@ -2165,7 +2166,7 @@ def test_what_two_scripts_define_is_the_same_to_the_character(scripts):
 def test_the_searches_differ_little_and_keep_their_state_in_the_same_way():
     differing = Counter(TEXTS[ddp_nas].splitlines())
     differing.subtract(Counter(TEXTS[mdenas].splitlines()))
-    assert 0 < sum(abs(count) for count in differing.values()) <= 131
+    assert 0 < sum(abs(count) for count in differing.values()) <= 132
     methods = [text[text.index("    def state_dict(self)"):text.index("# ==== one epoch")]
                for text in (TEXTS[ddp_nas], TEXTS[mdenas])]
     assert methods[0] == methods[1] and "def load_state_dict" in methods[0]
