@@ -14,7 +14,7 @@ An epoch of the search samples a path, trains its weights on one half of the tra
 measures its accuracy on the other half. Once every operation that is left was sampled T times, each
 edge loses the one with the lowest score. The last operation on each edge is the result.
 
-mdenas.py differs in the settings, the distribution and a few lines of search() and main() alone.
+mdenas.py differs in its settings, its distribution and a few lines of the search.
 """
 import argparse, io, json, math, operator, os, sys, time
 from collections import Counter, namedtuple
@@ -47,15 +47,16 @@ class DynamicDistribution:
 
     A round, with k operations left on every edge, is T passes of k epochs. In a pass each edge goes
     through its k operations once, in random order. Let a_t(o) be the accuracy of the path that had
-    operation o on an edge in pass t. At the end of the round every edge updates its theta,
+    operation o on an edge in pass t. After the round each edge updates theta, with a softmax over
+    its k operations, of accuracies in percent,
 
         theta(o) <- 1/T sum_t softmax_o(100 a_t(o)) + decay * theta(o)
 
-    with a softmax over its k operations, of accuracies in percent, and the one with the smallest
-    theta is pruned, for good. The theta of a pruned one only decays from then on. So theta decides
-    what is pruned; what is left is sampled equally often.
+    and prunes the operation with the smallest theta, for good. From then on that theta only decays.
+    The paper speaks of sampling from a distribution: here it is uniform over what is left, without
+    replacement in a pass, as in the first author's search code.
 
-    scores (E, K): theta, 1 / K at the start. In the found cell a node keeps its 2 best edges.
+    scores (E, K): theta, 1 / K at the start.
     """
     def __init__(self, num_edges, num_ops, passes=3, decay=0.5, seed=0):
         self.passes, self.decay = passes, decay  # T, and how much of the old theta stays
@@ -70,7 +71,7 @@ class DynamicDistribution:
 
     @property
     def probabilities(self):
-        """(E, K): theta of what is left, 0 for what was pruned; rows sum to 1. To be printed."""
+        """(E, K): theta, 0 where pruned, each row scaled to a sum of 1. Not sampled from."""
         left = torch.zeros_like(self.scores)
         for edge, alive in enumerate(self.alive):
             left[edge, alive] = self.scores[edge, alive]
@@ -104,20 +105,20 @@ class DynamicDistribution:
 
     def prune(self):
         """Update theta from the history of a round, and prune an operation on every edge."""
-        k = len(self.alive[0])
-        passes = [self.history[start:start + k] for start in range(0, len(self.history), k)]
+        k, T = len(self.alive[0]), self.passes
         theta = self.scores.tolist()
         for edge, alive in enumerate(self.alive):
             theta[edge] = [self.decay * old for old in theta[edge]]
-            for one_pass in passes:
+            for t in range(T):
+                one_pass = self.history[t * k:(t + 1) * k]  # k samples, each with another operation
                 total = sum(math.exp(100 * accuracy) for _, accuracy in one_pass)
                 for sample, accuracy in one_pass:
-                    theta[edge][sample[edge]] += math.exp(100 * accuracy) / total / self.passes
+                    theta[edge][sample[edge]] += math.exp(100 * accuracy) / total / T
             alive.remove(min(alive, key=lambda op: theta[edge][op]))
         self.scores = torch.tensor(theta, dtype=torch.float64)
 
     def state_dict(self):
-        """Every attribute: tensors, numbers, strings, lists, tuples and dicts alone."""
+        """Every attribute: what torch.load reads safely, such as tensors, numbers and lists."""
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
@@ -134,7 +135,7 @@ def train_epoch(network, optimizer, batches, sample):
     network.train()
     weights = list(network.parameters())
     device = weights[0].device
-    sum_losses = sum_norms = torch.zeros((), device=device)
+    sum_losses, sum_norms = torch.zeros(2, device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
@@ -144,9 +145,9 @@ def train_epoch(network, optimizer, batches, sample):
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
-        sum_norms = sum_norms + norm
-    return finite_mean(sum_losses, sum_norms, len(batches))
+        sum_losses += loss.detach()  # not .item(), which would wait for the device
+        sum_norms += norm
+    return finite_mean(sum_losses, sum_norms, len(batches))  # or an error
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
@@ -159,7 +160,7 @@ def evaluate(network, batches, sample):
             logits = network(images, sample)
         num_images += len(labels)
         num_correct += (logits.argmax(1) == labels).sum()
-    average_over_processes([num_correct])  # each of which has as many images
+    average_over_processes([num_correct])  # every process has the same number of images
     return num_correct.item() / num_images
 
 # ==== the search ==================================================================================
@@ -172,7 +173,7 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
+    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE  # for all processes
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
             Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
 
@@ -185,7 +186,7 @@ def search(args, distribution):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, distribution.total_epochs, min(LR_MIN, args.lr))
     settings = {**run_settings(args), "images": len(dataset), "classes": dataset.classes,
-                "operations": list(OPS)}
+                "operations": list(OPS if args.space == "cell" else CANDIDATES)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule,
                  distribution=distribution)
     log = load_checkpoint(args, settings, parts)  # empty, unless --resume finds a checkpoint
@@ -216,7 +217,7 @@ def search(args, distribution):
     write_results(args, settings, log, found, accuracy)
 
 def count_alive(distribution):
-    """k, how many operations are left on an edge; the most, where a method differs in that."""
+    """k; of a method that leaves more operations on some edges than on others, the most."""
     return (distribution.probabilities > 0).sum(1).max().item()
 
 # ==== operations ==================================================================================
@@ -232,7 +233,7 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 class FactorizedReduce(nn.Module):
-    """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
+    """Two 1x1 convs of every second pixel, the second shifted by one pixel in x and in y."""
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
@@ -240,8 +241,8 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
-        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        # Slices in place of a stride: the ReLU has half as much to do, and the backward pass of a
+        # strided 1x1 conv is not safe on a CPU in torch 2.14.
         even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
@@ -284,8 +285,8 @@ def dense_gradient(x):
 # output of a cell is made of the nodes in concat.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# The space of chains: the candidates of a block, (kernel, expansion), and two backbones: (output
-# channels, stride) of every block, and the width of the head.
+# The space of chains: the candidates of a block, (kernel, expansion), and the authors' backbones
+# for a GPU and for a CPU: (output channels, stride) of every block, and the width of the head.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 BACKBONES = {
     "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1),

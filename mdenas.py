@@ -15,7 +15,7 @@ measures its accuracy on the other half. Then, on each edge, an operation that w
 often than another and yet is more accurate takes a little probability from it. At the end the most
 probable operation of each edge is the result.
 
-ddp_nas.py differs in the settings, the distribution and a few lines of search() and main() alone.
+ddp_nas.py differs in its settings, its distribution and a few lines of the search.
 """
 import argparse, io, json, math, operator, os, sys, time
 from collections import Counter, namedtuple
@@ -57,7 +57,7 @@ class MultinomialDistribution:
     for all i at once: an operation that was sampled less often than another and yet is better takes
     alpha from it. One that has less than it should give gives all that it has, in equal parts.
 
-    probabilities (E, K): p. In the found cell a node keeps its 2 most probable edges.
+    probabilities (E, K): p.
     """
     def __init__(self, num_edges, num_ops, epochs=100, alpha=0.01, seed=0):
         self.total_epochs, self.alpha = epochs, alpha
@@ -71,7 +71,7 @@ class MultinomialDistribution:
 
     @property
     def scores(self):
-        """(E, K): the probabilities."""
+        """(E, K): the probabilities, by which a cell keeps its edges."""
         return self.probabilities
 
     def best(self):
@@ -104,7 +104,7 @@ class MultinomialDistribution:
         self.probabilities = torch.tensor(rows, dtype=torch.float64)
 
     def state_dict(self):
-        """Every attribute: tensors, numbers, strings, lists, tuples and dicts alone."""
+        """Every attribute: what torch.load reads safely, such as tensors, numbers and lists."""
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
@@ -121,7 +121,7 @@ def train_epoch(network, optimizer, batches, sample):
     network.train()
     weights = list(network.parameters())
     device = weights[0].device
-    sum_losses = sum_norms = torch.zeros((), device=device)
+    sum_losses, sum_norms = torch.zeros(2, device=device)
     for images, labels in batches:
         with autocast(device):
             logits = network(images, sample)
@@ -131,9 +131,9 @@ def train_epoch(network, optimizer, batches, sample):
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
-        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
-        sum_norms = sum_norms + norm
-    return finite_mean(sum_losses, sum_norms, len(batches))
+        sum_losses += loss.detach()  # not .item(), which would wait for the device
+        sum_norms += norm
+    return finite_mean(sum_losses, sum_norms, len(batches))  # or an error
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
@@ -146,7 +146,7 @@ def evaluate(network, batches, sample):
             logits = network(images, sample)
         num_images += len(labels)
         num_correct += (logits.argmax(1) == labels).sum()
-    average_over_processes([num_correct])  # each of which has as many images
+    average_over_processes([num_correct])  # every process has the same number of images
     return num_correct.item() / num_images
 
 # ==== the search ==================================================================================
@@ -159,7 +159,7 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE
+    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE  # for all processes
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
             Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
 
@@ -172,7 +172,7 @@ def search(args, distribution):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, distribution.total_epochs, min(LR_MIN, args.lr))
     settings = {**run_settings(args), "images": len(dataset), "classes": dataset.classes,
-                "operations": list(OPS)}
+                "operations": list(OPS if args.space == "cell" else CANDIDATES)}
     parts = dict(network=network, optimizer=optimizer, schedule=schedule,
                  distribution=distribution)
     log = load_checkpoint(args, settings, parts)  # empty, unless --resume finds a checkpoint
@@ -214,7 +214,7 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 class FactorizedReduce(nn.Module):
-    """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
+    """Two 1x1 convs of every second pixel, the second shifted by one pixel in x and in y."""
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
@@ -222,8 +222,8 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
-        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        # Slices in place of a stride: the ReLU has half as much to do, and the backward pass of a
+        # strided 1x1 conv is not safe on a CPU in torch 2.14.
         even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
@@ -266,8 +266,8 @@ def dense_gradient(x):
 # output of a cell is made of the nodes in concat.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# The space of chains: the candidates of a block, (kernel, expansion), and two backbones: (output
-# channels, stride) of every block, and the width of the head.
+# The space of chains: the candidates of a block, (kernel, expansion), and the authors' backbones
+# for a GPU and for a CPU: (output channels, stride) of every block, and the width of the head.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 BACKBONES = {
     "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1),

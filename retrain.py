@@ -66,7 +66,7 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 class FactorizedReduce(nn.Module):
-    """Two 1x1 convs of stride 2, the second shifted by one pixel in x and in y."""
+    """Two 1x1 convs of every second pixel, the second shifted by one pixel in x and in y."""
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
@@ -74,8 +74,8 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        # Slices in place of the stride: the ReLU has half as much to do, and the backward pass of
-        # torch 2.14 is not safe for strided 1x1 convs on a CPU.
+        # Slices in place of a stride: the ReLU has half as much to do, and the backward pass of a
+        # strided 1x1 conv is not safe on a CPU in torch 2.14.
         even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
@@ -118,8 +118,8 @@ OPS = {  # the space of cells: the candidates of an edge
 # sources 0 and 1 are the inputs of the cell, 2 to 5 its nodes, of which the output is made.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
-# The MobileNet space: the candidates of a block, (kernel, expansion), and two backbones: (output
-# channels, stride) of every block, and the width of the head.
+# The space of chains: the candidates of a block, (kernel, expansion), and the authors' backbones
+# for a GPU and for a CPU: (output channels, stride) of every block, and the width of the head.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 BACKBONES = {
     "gpu": ([(24, 1), (32, 2), (56, 2), (56, 1), (112, 2), (112, 1), (128, 1), (128, 1), (128, 1),
@@ -481,7 +481,7 @@ def train_epoch(network, optimizer, batches, args):
     criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     weights = list(network.parameters())
     device = weights[0].device
-    sum_losses = sum_norms = torch.zeros((), device=device)
+    sum_losses, sum_norms = torch.zeros(2, device=device)
     for images, labels in batches:
         if args.cutout:
             images = cutout(images, round(args.cutout * args.image_size))
@@ -498,11 +498,11 @@ def train_epoch(network, optimizer, batches, args):
         average_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
-        sum_losses = sum_losses + loss.detach()  # not .item(), which would wait for the device
-        sum_norms = sum_norms + norm
+        sum_losses += loss.detach()  # not .item(), which would wait for the device
+        sum_norms += norm
     # Each process has updated BatchNorm's running statistics with its own share.
     average_over_processes([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    return finite_mean(sum_losses, sum_norms, len(batches))
+    return finite_mean(sum_losses, sum_norms, len(batches))  # or an error
 
 @torch.no_grad()
 def evaluate(network, batches):

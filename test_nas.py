@@ -2165,7 +2165,7 @@ def test_what_two_scripts_define_is_the_same_to_the_character(scripts):
 def test_the_searches_differ_little_and_keep_their_state_in_the_same_way():
     differing = Counter(TEXTS[ddp_nas].splitlines())
     differing.subtract(Counter(TEXTS[mdenas].splitlines()))
-    assert 0 < sum(abs(count) for count in differing.values()) <= 132
+    assert 0 < sum(abs(count) for count in differing.values()) <= 136
     methods = [text[text.index("    def state_dict(self)"):text.index("# ==== one epoch")]
                for text in (TEXTS[ddp_nas], TEXTS[mdenas])]
     assert methods[0] == methods[1] and "def load_state_dict" in methods[0]
