@@ -21,13 +21,16 @@ A table whose file is missing is left out. The first three have three trainings 
 evaluation draws one of them at random; what a search found is judged by the mean of the three. The
 last one has the validation accuracy after 12 epochs, once.
 
-"own" is what a method answers, "seen" the network with the best evaluation among those it made.
-Each is "worth the best of n random networks": random search with n evaluations finds networks that
-are as good on average. n is exact, but for what the method itself found with the seeds it had.
+"own" is what a method answers, "seen" the network with the best of its evaluations. Each is worth
+the best of n random networks if random search with n evaluations finds networks that are as good on
+average. What random search finds is computed, not drawn; the standard error of n is that of what
+the method found with its seeds.
+
+With --exact an evaluation is the mean of the trainings, and there is no luck in it.
 
 TPE needs optuna (pip install optuna), and is left out without it.
 """
-import argparse, csv, functools, importlib.util, json, math, sys, time
+import argparse, csv, functools, importlib.util, json, math, re, sys, time
 from pathlib import Path
 from random import Random
 
@@ -61,25 +64,25 @@ def read_nasbench201(path):
     values = np.full(6 * [5] + [1], np.nan)
     with path.open() as file:
         for row in csv.DictReader(file):
-            edges = row["cellstr"].replace("+", "").strip("|").replace("||", "|").split("|")
-            values[tuple(ops.index(edge.split("~")[0]) for edge in edges)] = row["cifar10-val"]
+            sample = [ops.index(op) for op in re.findall(r"(\w+)~", row["cellstr"])]
+            values[tuple(sample)] = float(row["cifar10-val"])
     return values
 
-def open_tables(folder, chosen):
-    readers = {
-        "Macro": ("nas-bench-macro_cifar10.json", lambda p: read_json(p, 3, "test_acc", 0)),
-        "MobileNet": ("Results_MobileNet.json", lambda p: read_json(p, 4, "acc", 1)),
-        "ResNet": ("Results_ResNet.json", lambda p: read_json(p, 4, "acc", 1)),
-        "NAS-Bench-201": ("mini-bench-arch-cell-accs.csv", read_nasbench201)}
-    tables = []
-    for name in chosen or readers:
-        file, read = readers[name]
-        if (folder / file).exists():
-            tables.append(Table(name, read(folder / file)))
-            assert not np.isnan(tables[-1].values).any(), f"{file} lacks networks"
-        else:
-            print(f"{folder / file} is missing: {name} is left out")
-    return tables
+TABLES = {  # name -> file, reader
+    "Macro": ("nas-bench-macro_cifar10.json", lambda path: read_json(path, 3, "test_acc", 0)),
+    "MobileNet": ("Results_MobileNet.json", lambda path: read_json(path, 4, "acc", 1)),
+    "ResNet": ("Results_ResNet.json", lambda path: read_json(path, 4, "acc", 1)),
+    "NAS-Bench-201": ("mini-bench-arch-cell-accs.csv", read_nasbench201)}
+
+def open_table(name, folder):
+    """None if the file is missing."""
+    file, read = TABLES[name]
+    if not (folder / file).exists():
+        print(f"{folder / file} is missing: {name} is left out")
+        return None
+    table = Table(name, read(folder / file))
+    assert not np.isnan(table.values).any(), f"{file} lacks networks"
+    return table
 
 class Evaluations:
     """Stands for training: train(sample) looks an accuracy up, and remembers what it gave.
@@ -203,12 +206,12 @@ def ridge(train, E, K, evaluations, seed):
 METHODS = {  # name on the command line -> title, function, seeds. "random" is a check: n is known
     "random": ("random search", random_search, 20_000),
     "ddp": ("DDP-NAS", ddp_nas, 20_000),
-    "mde": ("MdeNAS", mdenas, 20_000),
+    "mde": ("MdeNAS", mdenas, 5_000),
     "evolution": ("regularised evolution", evolution, 20_000),
     "climbing": ("hill climbing", hill_climbing, 20_000),
     "tpe": ("optuna, TPE", tpe, 300),
-    "ridge": ("ridge regression", ridge, 2_000),
-    "thompson": ("linear Thompson sampling", linear_thompson, 2_000),
+    "ridge": ("ridge regression", ridge, 20_000),
+    "thompson": ("linear Thompson sampling", linear_thompson, 10_000),
 }
 OWN = ("ddp", "mde", "ridge", "thompson")  # have an answer of their own
 
@@ -246,9 +249,12 @@ def mean_and_error(values):
     return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
 
 def describe_n(random, mean, error):
+    """n, and its standard error by that of the mean."""
     low, n, high = (random.worth(value) for value in (mean - error, mean, mean + error))
-    digits = 0 if n >= 10 else 1
-    return f"{n:,.{digits}f} ± {(high - low) / 2:,.{max(digits, 1)}f}"
+    error = (high - low) / 2
+    if n < 10:
+        return f"{n:.1f} ± {error:.2f}"
+    return f"{n:,.0f} ± {error:.1f}" if n < 100 else f"{n:,.0f} ± {error:,.0f}"
 
 def print_table(title, names, rows):
     """rows: title -> cells."""
@@ -272,8 +278,9 @@ def compare(tables, names, passes, noise, seeds):
                 (mean, unseen), (error, unseen_error) = means[i], errors[i]
                 worth.setdefault(title + kind, []).append(describe_n(random, mean, error))
                 by_all.setdefault(title + kind, []).append(f"{mean:.3f} ± {error:.3f}")
-                by_unseen.setdefault(title + kind, []).append(
-                    f"{unseen:.3f} ± {unseen_error:.3f}" if table.trainings > 1 else "")
+                if table.trainings > 1:
+                    by_unseen.setdefault(title + kind, []).append(
+                        f"{unseen:.3f} ± {unseen_error:.3f}")
         print(f"{title}: {seeds or default_seeds} seeds, {time.perf_counter() - start:.0f} s",
               file=sys.stderr)
     columns = [f"{table.name}, {passes * (table.num_ops * (table.num_ops + 1) // 2 - 1)}"
@@ -281,7 +288,8 @@ def compare(tables, names, passes, noise, seeds):
     how = "one training an evaluation" if noise else "without noise: the mean of the trainings"
     print_table(f"worth the best of n random networks (T = {passes}; {how})", columns, worth)
     print_table("mean accuracy of what was found, percent", columns, by_all)
-    if noise:
+    if noise and by_unseen:
+        columns = [name for name, table in zip(columns, tables) if table.trainings > 1]
         print_table("the same by trainings that the search did not see", columns, by_unseen)
 
 def compare_rises(table, seeds):
@@ -300,7 +308,7 @@ def compare_rises(table, seeds):
         for rise in rises.values():
             judged = measure(table, method, evaluations, seeds, True, rise)
             mean, error = mean_and_error(judged[:, kind, 0])
-            rows.setdefault(name, []).append(f"{mean:.2f} ± {error:.2f}")
+            rows.setdefault(name, []).append(f"{mean:.2f} ± {error:.3f}")
     print_table(f"{table.name}, {evaluations} evaluations, {seeds} seeds: mean accuracy of what "
                 "was found, by the rise", rises, rows)
 
@@ -310,15 +318,18 @@ def main():
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), help="where the files lie (data)")
     add("--rows", nargs="+", choices=METHODS, default=list(METHODS), help="some of the methods")
-    add("--tables", nargs="+", help="some of the tables, by the names of the columns")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="some of the tables")
     add("--passes", nargs="+", type=int, default=[6], metavar="T",
         help="DDP-NAS's T; every method has as many evaluations (6)")
     add("--exact", action="store_true", help="an evaluation is the mean of the trainings")
-    add("--rise", action="store_true", help="the table on Macro with a rising accuracy instead")
+    add("--rise", action="store_true", help="the first table with a rising accuracy instead")
     add("--seeds", type=int, help="runs of each method (default: see METHODS; with --rise 2000)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tables = open_tables(args.data_dir, args.tables)
+    tables = [open_table(name, args.data_dir) for name in args.tables]
+    tables = [table for table in tables if table]
+    if not tables:
+        sys.exit("no table is left: see --help for the files")
     if args.rise:
         compare_rises(tables[0], args.seeds or 2000)
         return
