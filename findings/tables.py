@@ -114,7 +114,7 @@ class Evaluations:
         values = self.table.values[tuple(sample)]
         drawn = {t for s, t in zip(self.samples, self.trainings) if s == tuple(sample)}
         unseen = [value for t, value in enumerate(values) if t not in drawn] or values
-        return values.mean(), np.mean(unseen)
+        return self.table.mean[tuple(sample)], np.mean(unseen)
 
 # ==== the methods =================================================================================
 # Each takes train, E, K, the number of evaluations and a seed -> its own answer, or None where that
