@@ -21,7 +21,6 @@ from tables import RandomSearch, Table, ddp_nas, mean_and_error, measure
 
 DATA_SETS = ("cora", "citeseer", "pubmed", "cs", "physics", "photo", "computers", "arxiv")
 SEEDS, PASSES = 1000, 3
-EVALUATIONS = PASSES * (9 * 10 // 2 - 1)
 
 def open_table(bench, link):
     """Accuracies in percent (9, 9, 9, 9), the validation's and the test's."""
@@ -33,26 +32,29 @@ def open_table(bench, link):
     worst = np.nanmin(values, axis=(1, 2, 3, 4), keepdims=True)
     return np.where(np.isnan(values), worst, values)
 
+def compare(table):
+    """-> n, and the standard errors by which DDP-NAS's answers are ahead of random search."""
+    evaluations = table.num_evaluations(PASSES)
+    random = RandomSearch(table, noise=True)
+    judged = measure(table, ddp_nas, evaluations, SEEDS, noise=True)
+    ours, error = mean_and_error(judged[:, 0, 0])
+    expected = np.interp(evaluations, random.n, random.found)
+    return random.worth(ours), (ours - expected) / max(error, 1e-9)
+
 def main():
-    found = {"validation": [], "test": []}  # (n, z) for each table
+    found = {"validation": [], "test": []}  # by what is judged; the search sees the validation
     for name in DATA_SETS:
         bench = light_read(name)
         for link in link_list:
             validation, test = open_table(bench, link)
-            for judge, mean in (("validation", validation), ("test", test)):
-                table = Table(f"{name} {link}", validation[..., None])
-                table.mean = mean  # what is found is judged by it; the search sees the validation
-                random = RandomSearch(table, noise=True)
-                judged = measure(table, ddp_nas, EVALUATIONS, SEEDS, noise=True)
-                ours, error = mean_and_error(judged[:, 0, 0])  # its own answer
-                expected = np.interp(EVALUATIONS, random.n, random.found)
-                z = (ours - expected) / error if error else 0
-                found[judge].append((random.worth(ours), z))
-            print(f"{table.name}: " + ", ".join(f"{judge}: n {rows[-1][0]:.0f}, {rows[-1][1]:+.0f} se"
-                                               for judge, rows in found.items()), flush=True)
-    print(f"\n{EVALUATIONS} evaluations, {SEEDS} seeds: tables where DDP-NAS is behind random search "
-          "or ahead of it by two standard errors\n\n| judged by | behind | ahead | neither | median "
-          "of n |\n|---|--:|--:|--:|--:|")
+            table = Table(f"{name} {link}", validation[..., None])
+            for judge, table.mean in (("validation", validation), ("test", test)):
+                n, ahead = compare(table)
+                found[judge].append((n, ahead))
+                print(f"{table.name}, {judge}: n {n:.0f}, {ahead:+.1f} se", flush=True)
+    print(f"\n{SEEDS} seeds, T = {PASSES}: tables where DDP-NAS is behind or ahead of random search "
+          "by two standard errors\n\n"
+          "| judged by | behind | ahead | neither | median of n |\n|---|--:|--:|--:|--:|")
     for judge, rows in found.items():
         behind, ahead = sum(z < -2 for _, z in rows), sum(z > 2 for _, z in rows)
         print(f"| {judge} | {behind} | {ahead} | {len(rows) - behind - ahead} | "

@@ -49,6 +49,10 @@ class Table:
         self.num_edges, self.num_ops, self.trainings = values.ndim - 1, *values.shape[-2:]
         self.mean = values.mean(-1)
 
+    def num_evaluations(self, passes):
+        """As many as DDP-NAS needs: T (K + ... + 3 + 2)."""
+        return passes * (self.num_ops * (self.num_ops + 1) // 2 - 1)
+
 def read_json(path, num_ops, field, first):
     """Keys are the operations of the edges, a digit each, counted from first."""
     networks = json.loads(path.read_text())
@@ -152,7 +156,7 @@ def evolution(train, E, K, evaluations, seed):
         if i < 10:
             sample = random_sample(rng, E, K)
         else:
-            parent = max(rng.sample(population, 3))[1]
+            _, parent = max(rng.sample(population, 3), key=lambda member: member[0])
             sample = rng.choice(neighbours(parent, K))
             population.pop(0)
         population.append((train(sample), sample))
@@ -209,7 +213,7 @@ METHODS = {  # name on the command line -> title, function, seeds. "random" is a
     "mde": ("MdeNAS", mdenas, 5_000),
     "evolution": ("regularised evolution", evolution, 20_000),
     "climbing": ("hill climbing", hill_climbing, 20_000),
-    "tpe": ("optuna, TPE", tpe, 300),
+    "tpe": ("optuna, TPE", tpe, 2_000),
     "ridge": ("ridge regression", ridge, 20_000),
     "thompson": ("linear Thompson sampling", linear_thompson, 10_000),
 }
@@ -270,8 +274,8 @@ def compare(tables, names, passes, noise, seeds):
         title, method, default_seeds = METHODS[name]
         start = time.perf_counter()
         for table, random in zip(tables, baselines):
-            evaluations = passes * (table.num_ops * (table.num_ops + 1) // 2 - 1)
-            judged = measure(table, method, evaluations, seeds or default_seeds, noise)
+            judged = measure(table, method, table.num_evaluations(passes), seeds or default_seeds,
+                             noise)
             means, errors = mean_and_error(judged)
             # Whose answer is the best that it has seen gets one row.
             for i, kind in enumerate((", own", ", seen") if name in OWN else (", seen",)):
@@ -283,8 +287,7 @@ def compare(tables, names, passes, noise, seeds):
                         f"{unseen:.3f} ± {unseen_error:.3f}")
         print(f"{title}: {seeds or default_seeds} seeds, {time.perf_counter() - start:.0f} s",
               file=sys.stderr)
-    columns = [f"{table.name}, {passes * (table.num_ops * (table.num_ops + 1) // 2 - 1)}"
-               for table in tables]
+    columns = [f"{table.name}, {table.num_evaluations(passes)}" for table in tables]
     how = "one training an evaluation" if noise else "without noise: the mean of the trainings"
     print_table(f"worth the best of n random networks (T = {passes}; {how})", columns, worth)
     print_table("mean accuracy of what was found, percent", columns, by_all)
@@ -293,8 +296,8 @@ def compare(tables, names, passes, noise, seeds):
         print_table("the same by trainings that the search did not see", columns, by_unseen)
 
 def compare_rises(table, seeds):
-    """Print what is found where the accuracy rises by 40 points during the 30 evaluations."""
-    evaluations = 6 * (table.num_ops * (table.num_ops + 1) // 2 - 1)
+    """Print what is found where the accuracy rises by some 40 points during the search."""
+    evaluations = table.num_evaluations(passes=6)
     rises = {
         "none": None,
         "straight": lambda epoch: 0.4 * epoch / (evaluations - 1) - 0.4,
