@@ -52,8 +52,8 @@ def main():
                 n, ahead = compare(table)
                 found[judge].append((n, ahead))
                 print(f"{table.name}, {judge}: n {n:.0f}, {ahead:+.1f} se", flush=True)
-    print(f"\n{SEEDS} seeds, T = {PASSES}: tables where DDP-NAS is behind or ahead of random search "
-          "by two standard errors\n\n"
+    print(f"\nT = {PASSES}, {SEEDS} seeds: tables where DDP-NAS is behind random search or ahead "
+          "of it by two standard errors\n\n"
           "| judged by | behind | ahead | neither | median of n |\n|---|--:|--:|--:|--:|")
     for judge, rows in found.items():
         behind, ahead = sum(z < -2 for _, z in rows), sum(z > 2 for _, z in rows)
