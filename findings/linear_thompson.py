@@ -1,6 +1,6 @@
 """Linear Thompson sampling: a method of one's own, better than both papers on tables of networks.
 
-    python findings/linear_thompson.py --out runs/linear_thompson    # has the options of mdenas.py
+    python findings/linear_thompson.py --out runs/linear_thompson
     python retrain.py --genotype runs/linear_thompson/genotype.json --out runs/thompson_net
 
 It believes that the accuracy of a path is a sum: a weight for each operation on each edge, plus a
@@ -9,7 +9,8 @@ After each epoch it fits the sum to all accuracies so far. Many weights fit abou
 draws some of them at random and tries the path that is the best if they are right. So it tries what
 is good, and what it knows little about. findings/results.md says what it reaches.
 
-It needs nothing but the scripts. `python findings/linear_thompson.py` takes as long as mdenas.py.
+It needs nothing but the scripts, and takes about as long as mdenas.py. The options are those of that
+script, with --degree in place of --alpha.
 """
 import sys
 from pathlib import Path
