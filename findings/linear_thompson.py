@@ -9,8 +9,8 @@ After each epoch it fits the sum to all accuracies so far. Many weights fit abou
 draws some of them at random and tries the path that is the best if they are right. So it tries what
 is good, and what it knows little about. findings/results.md says what it reaches.
 
-It needs nothing but the scripts, and takes about as long as mdenas.py. The options are those of that
-script, with --degree in place of --alpha.
+It needs nothing but the scripts, and takes about as long as mdenas.py. The options are those of
+that script, with --degree in place of --alpha.
 """
 import sys
 from pathlib import Path
