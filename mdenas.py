@@ -258,7 +258,7 @@ OPS = {  # the space of cells: the candidates of an edge
 
 def dense_gradient(x):
     """Return x, and copy its gradient: torch.cat gives a slice, with which BatchNorm is slow."""
-    if x.requires_grad:
+    if x.requires_grad and not torch.compiler.is_compiling():  # torch 2.4 cannot compile hooks
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x
 
