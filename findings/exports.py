@@ -203,8 +203,9 @@ def measure_times(runs, images):
             cells.append(f"{ms:.1f} ({medians['torch', name] / ms:.1f})" if ms else "")
         cells.append(f"{medians[row, 'MDENAS_GPU'] / medians[row, 'MDENAS_CPU']:.2f}")
         rows[row] = cells
-    print_table(f"milliseconds for one image, one thread, median of {ROUNDS} (in brackets: how many "
-                "times as fast as torch)", [*NETWORKS, "MDENAS_GPU / MDENAS_CPU"], rows)
+    title = (f"milliseconds for one image, one thread, median of {ROUNDS} "
+             "(in brackets: how many times as fast as torch)")
+    print_table(title, [*NETWORKS, "MDENAS_GPU / MDENAS_CPU"], rows)
 
 def count():
     """Print the multiply-adds of MDENAS on CIFAR-10, as several tools count them."""
