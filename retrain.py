@@ -9,12 +9,14 @@
     python retrain.py --genotype MDENAS --evaluate FILE       # weights of the authors, or of ours
     torchrun --nproc_per_node=8 retrain.py --genotype DDPNAS_GPU --data-dir DIR    # ImageNet
 
-The network holds the found architecture alone: its BatchNorms have weights and keep running
-statistics, and cells are stacked deeper and wider than in the supernet. In a program of your own:
+The network holds the found architecture alone, and its BatchNorms have weights and keep running
+statistics. For the papers' networks cells are stacked deeper and wider than in the supernet. In a
+program of your own:
 
     network, classes, preprocess = retrain.load_network("runs/retrain/checkpoint.pt")
 
-What this script shares with ddp_nas.py and mdenas.py is the same to the character.
+The operations, and what stands below "Nothing of the papers", are those of ddp_nas.py to the
+character, except for MAY_DIFFER, parse_args() and main().
 """
 import argparse, ast, io, json, math, os, re, sys, textwrap, time
 from collections import namedtuple
@@ -346,7 +348,7 @@ class CellNetwork(nn.Module):
         if auxiliary:  # on the second reduction cell, which has the width of the last
             self.auxiliary = auxiliary_head(c_prev, num_classes, imagenet, norm)
         self.linear = nn.Linear(c_prev, num_classes)
-        self.drop_probability = None  # or a tensor: torch.compile recompiles for each new float
+        self.drop_probability = None  # or a tensor: for a float, torch.compile compiles once more
 
     def forward(self, images):
         """images (B, 3, S, S) -> logits (B, num_classes); in training, those of the head, too."""

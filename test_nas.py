@@ -1,4 +1,4 @@
-"""Tests, on made-up data: against loops, brute force and known counts, never the scripts' output.
+"""Tests, on made-up data: against tensors, brute force, plain functions and known counts.
 
     python -m pytest -q test_nas.py                       # everything
     python -m pytest -q test_nas.py -k distribution       # `sample` and `record`, in 5 seconds
