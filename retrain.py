@@ -10,8 +10,7 @@
     torchrun --nproc_per_node=8 retrain.py --genotype DDPNAS_GPU --data-dir DIR    # ImageNet
 
 The network holds the found architecture alone, and its BatchNorms have weights and keep running
-statistics. For the papers' networks cells are stacked deeper and wider than in the supernet. In a
-program of your own:
+statistics. In a program of your own:
 
     network, classes, preprocess = retrain.load_network("runs/retrain/checkpoint.pt")
 
