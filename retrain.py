@@ -14,8 +14,8 @@ statistics. In a program of your own:
 
     network, classes, preprocess = retrain.load_network("runs/retrain/checkpoint.pt")
 
-The operations, and what stands below "Nothing of the papers", are those of ddp_nas.py to the
-character, except for MAY_DIFFER, parse_args() and main().
+The operations, and all from the images on, are those of ddp_nas.py to the character, except for
+MAY_DIFFER, parse_args() and main().
 """
 import argparse, ast, io, json, math, os, re, sys, textwrap, time
 from collections import namedtuple
