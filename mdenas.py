@@ -2,7 +2,7 @@
 
     python mdenas.py                      # synthetic images, about a minute on a CPU core
     python mdenas.py --dataset cifar10    # the paper's search on CIFAR-10
-    python mdenas.py --dataset imagefolder --data-dir DIR    # your images, DIR/train/<class>/*
+    python mdenas.py --dataset imagefolder --data-dir DIR    # DIR/train/<class>/*, at 32 pixels
     torchrun --nproc_per_node=8 mdenas.py --dataset imagenet --data-dir DIR    # on 8 GPUs
 
 A cell is a small graph: an edge applies an operation to the output of an earlier node, and a node
@@ -15,9 +15,9 @@ measures its accuracy on the other half. Then, on each edge, an operation that w
 often than another and yet is more accurate takes a little probability from it. At the end the most
 probable operation of each edge is the result.
 
-ddp_nas.py differs in its settings, its distribution and a few lines of the search.
+ddp_nas.py differs in its settings, its distribution, a few lines of the search and main's default.
 """
-import argparse, io, json, math, operator, os, sys, time
+import argparse, io, json, math, operator, os, random, sys, time
 from collections import Counter, namedtuple
 from datetime import timedelta
 from functools import partial
@@ -32,14 +32,14 @@ from torchvision.transforms import v2
 METHOD = "mdenas"
 OPTIONS = {  # of the distribution: name -> (default, help)
     "epochs": (100, "number of search epochs"),
-    "alpha": (0.01, "probability that one comparison moves")}
+    "alpha": (0.01, "how much probability one comparison moves")}
 PAPER = dict(space="cell", channels=16, cells=6, image_size=32, batch_size=512, lr=0.025)
-DEFAULTS = {  # by data set
+DEFAULTS = {  # by data set; the paper searched on cifar10 and imagenet
     "synthetic": dict(space="cell", channels=8, cells=3, image_size=16, batch_size=32, lr=0.1),
     "cifar10": PAPER, "cifar100": PAPER, "imagefolder": PAPER,
     "imagenet": {**PAPER, "space": "mobile", "image_size": 224},
 }
-LR_MIN = 0.0                          # learning rate at the end of the search
+LR_MIN = 0.0                          # learning rate at the end of the paper's search
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-4
 CLIP = 5.0                            # the largest norm of a gradient
 
@@ -47,23 +47,20 @@ CLIP = 5.0                            # the largest norm of a gradient
 class MultinomialDistribution:
     """E independent categorical distributions over K operations, which learn from comparisons.
 
-    An edge has a probability p, 1 / K at the start, for each of its operations. It counts the
-    epochs in which each was sampled, and remembers the last accuracy measured with it, 0 before the
-    first. Let dE[i, j] be the count of i minus that of j, and dA[i, j] the same for the accuracies.
-    After every epoch every edge updates
+    On each edge an operation i has its probability p[i], 1 / K at the start; e[i], the number of
+    epochs in which it was sampled; and a[i], the last accuracy measured with it, 0 before the
+    first. After every epoch every edge updates
 
-        p[i] <- p[i] + alpha (#{j: dE[i, j] < 0, dA[i, j] > 0} - #{j: dE[i, j] > 0, dA[i, j] < 0})
+        p[i] <- p[i] + alpha (#{j: e[i] < e[j], a[i] > a[j]} - #{j: e[i] > e[j], a[i] < a[j]})
 
     for all i at once: an operation that was sampled less often than another and yet is better takes
-    alpha from it. One that has less than it should give gives all that it has, in equal parts.
-
-    probabilities (E, K): p.
+    alpha from it. None gives more than it had before: if that is too little, it is shared equally.
     """
     def __init__(self, num_edges, num_ops, epochs=100, alpha=0.01, seed=0):
         self.total_epochs, self.alpha = epochs, alpha
         self.probabilities = torch.full((num_edges, num_ops), 1 / num_ops, dtype=torch.float64)
-        self.counts = [[0] * num_ops for _ in range(num_edges)]
-        self.accuracies = [[0.0] * num_ops for _ in range(num_edges)]
+        self.counts = [[0] * num_ops for _ in range(num_edges)]        # e
+        self.accuracies = [[0.0] * num_ops for _ in range(num_edges)]  # a
         self.rng = torch.Generator().manual_seed(seed)
         # All operations of each edge, shuffled: of equal probabilities the first one is the best.
         self.order = [torch.randperm(num_ops, generator=self.rng).tolist()
@@ -84,7 +81,7 @@ class MultinomialDistribution:
         return torch.multinomial(self.probabilities, 1, generator=self.rng)[:, 0].tolist()
 
     def record(self, sample, accuracy):
-        """Take in the accuracy, in [0, 1], of the last sample, and learn from it."""
+        """Take in the accuracy, in [0, 1], of a sample, and learn from it."""
         if not 0 <= accuracy <= 1:  # NaN fails this, too
             raise ValueError(f"an accuracy must be between 0 and 1, not {accuracy}")
         rows = []
@@ -93,18 +90,18 @@ class MultinomialDistribution:
             counts[sampled] += 1
             accuracies[sampled] = float(accuracy)
             new = [0.0] * len(p)
-            for loser in range(len(p)):  # the formula, sorted by who gives
-                winners = [op for op in range(len(p))
-                           if counts[op] < counts[loser] and accuracies[op] > accuracies[loser]]
-                given = min(self.alpha * len(winners), p[loser])
-                new[loser] += p[loser] - given
-                for winner in winners:
-                    new[winner] += given / len(winners)
+            for giver in range(len(p)):  # in every pair of the formula one gives, the other takes
+                takers = [op for op in range(len(p))
+                          if counts[op] < counts[giver] and accuracies[op] > accuracies[giver]]
+                given = min(self.alpha * len(takers), p[giver])
+                new[giver] += p[giver] - given
+                for taker in takers:
+                    new[taker] += given / len(takers)
             rows.append(new)
         self.probabilities = torch.tensor(rows, dtype=torch.float64)
 
     def state_dict(self):
-        """Every attribute: what torch.load reads safely, such as tensors, numbers and lists."""
+        """Every attribute. torch.load takes tensors, numbers, strings, lists, tuples and dicts."""
         return {**vars(self), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
@@ -133,12 +130,12 @@ def train_epoch(network, optimizer, batches, sample):
         optimizer.step()
         sum_losses += loss.detach()  # not .item(), which would wait for the device
         sum_norms += norm
-    return finite_mean(sum_losses, sum_norms, len(batches))  # or an error
+    return finite_mean(sum_losses, sum_norms, len(batches))  # a UserError for NaN or infinity
 
 @torch.no_grad()
 def evaluate(network, batches, sample):
     """Top-1 accuracy of the path of the sample (E,), in [0, 1]."""
-    network.eval()
+    network.eval()  # the BatchNorms go on with the statistics of the batch, see SupernetNorm
     device = next(network.parameters()).device
     num_images, num_correct = 0, torch.zeros((), device=device)
     for images, labels in batches:
@@ -146,7 +143,7 @@ def evaluate(network, batches, sample):
             logits = network(images, sample)
         num_images += len(labels)
         num_correct += (logits.argmax(1) == labels).sum()
-    average_over_processes([num_correct])  # every process has the same number of images
+    average_over_processes([num_correct])  # in place; all have the same number of images
     return num_correct.item() / num_images
 
 # ==== the search ==================================================================================
@@ -159,9 +156,9 @@ def split_training_images(args):
     # BatchNorm takes its statistics from the batch, so all validation batches have one size: 25,000
     # images and --batch-size 512 make 48 batches of 520; the 40 images left over are not used.
     num_batches = len(validation) // args.batch_size
-    batch_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE  # for all processes
+    even_size = len(validation) // num_batches // WORLD_SIZE * WORLD_SIZE  # over all processes
     return (dataset, Batches(dataset, training, args.batch_size, args, train=True),
-            Batches(dataset, validation[:num_batches * batch_size], batch_size, args, train=False))
+            Batches(dataset, validation[:num_batches * even_size], even_size, args, train=False))
 
 def search(args, distribution):
     """Run the distribution to its end, a path an epoch, and write the architecture to --out."""
@@ -179,8 +176,8 @@ def search(args, distribution):
 
     for epoch in range(len(log), distribution.total_epochs):
         start = time.perf_counter()
-        sample = draw_sample(args, epoch, distribution)
-        train_half.epoch = epoch
+        sample = draw_sample(args, epoch, distribution)  # distribution.sample(), checked
+        train_half.epoch = epoch  # the seed of its order, shifts and flips
         loss = train_epoch(network, optimizer, train_half, sample)
         accuracy = evaluate(network, validation_half, sample)
         distribution.record(sample, accuracy)
@@ -189,12 +186,12 @@ def search(args, distribution):
                     "accuracy": accuracy, "seconds": time.perf_counter() - start})
         save_checkpoint(args, settings, parts, log)
         print_epoch(log, distribution.total_epochs, f"accuracy {accuracy:.2%}",
-                    train_half.num_images + validation_half.num_images)
+                    num_images=train_half.num_images + validation_half.num_images)
         if len(log) % 10 == 0 or len(log) == distribution.total_epochs:
             print_distribution(distribution.probabilities, args)
 
     best = check_sample(distribution.best(), *distribution.probabilities.shape)
-    accuracy = evaluate(network, validation_half, best)
+    accuracy = evaluate(network, validation_half, best)  # of the path, not of the cells below
     if args.space == "cell":
         found = derive_cells(best, distribution.scores, args.seed)
     else:
@@ -202,8 +199,8 @@ def search(args, distribution):
     write_results(args, settings, log, found, accuracy)
 
 # ==== operations ==================================================================================
-NODES = range(2, 6)     # of a cell, each with an edge from every lower number; 0 and 1: its inputs
-NUM_EDGES = sum(NODES)  # of a cell, 2 + 3 + 4 + 5, sorted by node, then by source
+NODES = range(2, 6)      # of a cell, each with an edge from every lower number; 0 and 1: its inputs
+CELL_EDGES = sum(NODES)  # 2 + 3 + 4 + 5, sorted by node, then by source
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -222,8 +219,8 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        # Slices in place of a stride: the ReLU has half as much to do, and the backward pass of a
-        # strided 1x1 conv is not safe on a CPU in torch 2.14.
+        # Slices in place of a stride: the ReLU has half as much to do, and on a CPU the backward
+        # pass of a strided 1x1 conv can crash in torch 2.14.
         even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
@@ -231,13 +228,13 @@ def relu_conv_bn(c_in, c_out, norm):
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
-    relu = nn.ReLU()
-    if stride == dilation == 2:  # never reads odd rows and columns: a plain conv of the even ones
-        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)  # the pool is x[:, :, ::2, ::2]
+    first = nn.ReLU()
+    if stride == dilation == 2:  # would read even rows and columns only: the pool takes these
+        first = nn.Sequential(nn.AvgPool2d(1, 2), first)
         stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
-    return nn.Sequential(relu, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return nn.Sequential(first, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
@@ -255,12 +252,6 @@ OPS = {  # the space of cells: the candidates of an edge
     "dil_conv_3x3": lambda c, stride, norm: depthwise_separable(c, 3, stride, 2, norm),
     "dil_conv_5x5": lambda c, stride, norm: depthwise_separable(c, 5, stride, 2, norm),
 }
-
-def dense_gradient(x):
-    """Return x, and copy its gradient: torch.cat gives a slice, with which BatchNorm is slow."""
-    if x.requires_grad and not torch.compiler.is_compiling():  # torch 2.4 cannot compile hooks
-        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-    return x
 
 # As in DARTS: normal and reduce are lists of 8 pairs (operation, source), two for each node; the
 # output of a cell is made of the nodes in concat.
@@ -295,6 +286,12 @@ class MBConv(nn.Sequential):
 # ==== supernets ===================================================================================
 # BatchNorms keep no running statistics: a mean shared by many paths would describe none of them.
 SupernetNorm = partial(nn.BatchNorm2d, track_running_stats=False)
+
+def dense_gradient(x):
+    """Return x. torch.cat gives gradients that are slices, slow in BatchNorm: copy that of x."""
+    if x.requires_grad and not torch.compiler.is_compiling():  # torch 2.4 cannot compile hooks
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
 
 class SupernetCell(nn.Module):
     def __init__(self, c_prev_prev, c_prev, c, reduction, reduction_prev):
@@ -342,7 +339,7 @@ class CellSupernet(nn.Module):
 
     def forward(self, images, sample):
         """images (B, 3, S, S), S a multiple of 4; sample (28,) -> logits (B, num_classes)."""
-        normal, reduce = sample[:NUM_EDGES], sample[NUM_EDGES:]
+        normal, reduce = sample[:CELL_EDGES], sample[CELL_EDGES:]
         s0 = s1 = self.stem(images)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
@@ -382,37 +379,33 @@ def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
     A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
-    `none`, the one with the highest score of all others, pruned or not, takes its place. Chance
-    decides between operations, and between edges, of equal scores.
+    `none`, the one with the highest score of the other seven takes its place. Chance decides
+    between operations, and between edges, of equal scores.
     """
-    if not (scores < math.inf).all():  # NaN fails this, too; -inf may mean never
-        raise ValueError("scores hold NaN or infinity")
-    rng = torch.Generator().manual_seed(seed)
+    if not (scores < math.inf).all():  # NaN fails this, too; a method may use -inf for "never"
+        raise ValueError("scores hold NaN or +infinity")
+    draw = random.Random(seed).random
     names, scores = list(OPS), scores.tolist()
     edge, cells = 0, []
     for _ in range(2):  # the normal cell, the reduction cell
         pairs = []
         for node in NODES:
-            operations, strengths = [], []  # of the edge from each source
+            edges = []  # (score, draw, operation, source): sorted by score, then by chance
             for source in range(node):
                 op = best[edge]
                 if names[op] == "none":
-                    others = [other for other in torch.randperm(len(names), generator=rng).tolist()
-                              if names[other] != "none"]
-                    op = max(others, key=lambda other: scores[edge][other])
-                operations.append(names[op])
-                strengths.append(scores[edge][op])
+                    others = [other for other, name in enumerate(names) if name != "none"]
+                    op = max(others, key=lambda other: (scores[edge][other], draw()))
+                edges.append((scores[edge][op], draw(), names[op], source))
                 edge += 1
-            sources = torch.randperm(node, generator=rng).tolist()
-            strongest = sorted(sources, key=lambda source: strengths[source])[-2:]
-            pairs += [(operations[source], source) for source in sorted(strongest)]
+            strongest = [(name, source) for _, _, name, source in sorted(edges)[-2:]]
+            pairs += sorted(strongest, key=lambda pair: pair[1])
         cells.append(pairs)
     normal, reduce = cells
     return Genotype(normal, NODES, reduce, NODES)
 
 # ==================================================================================================
-# Nothing of the papers stands below, but for shift_and_flip, their augmentation: images, batches,
-# processes, files, what the user sees, arguments, main
+# Nothing of the papers stands below, but for shift_and_flip, their augmentation.
 
 # ==== images ======================================================================================
 class UserError(Exception):
@@ -426,8 +419,7 @@ SMALL = 64  # pixels: images up to this size stay in the memory of the device
 class ImageFolder(torchvision.datasets.ImageFolder):
     """The images below <folder>/<class>, read when needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
-        formats = Image.registered_extensions()
-        suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        suffixes = tuple(Image.registered_extensions())
         below = len(str(folder))  # where in a path the part below the folder begins
         def is_image(path):  # no hidden file, and none in a hidden folder
             return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
@@ -465,21 +457,19 @@ def plain_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Synthetic images, two gratings under noise -> images (count, 3, size, size), labels, classes.
-
-    The class is the pair of their angles, the same for a mirror image: training flips images.
-    """
+    """Synthetic images, gratings under noise -> images (count, 3, size, size), labels, classes."""
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                      # (10, 2)
     labels = torch.randint(len(pairs), (count,), generator=g)
     each = (count, 2, 1, 1)                                          # a number for each grating
+    # The class is the pair of their angles, the same for a mirror image: training flips images.
     mirror = 2 * torch.randint(2, each, generator=g) - 1
     angle = pairs[labels].view(each) * mirror * math.pi / 8          # -90 to 90 degrees
     frequency = 0.08 + 0.12 * torch.rand(each, generator=g)          # cycles per pixel
     phase = 2 * math.pi * torch.rand(each, generator=g)
     colour = F.normalize(torch.randn(count, 2, 3, generator=g), dim=2)
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
+    x = torch.arange(size)                                           # y is x[:, None]
+    distance = x * angle.cos() + x[:, None] * angle.sin()            # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
     images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
@@ -503,10 +493,7 @@ def read_cifar(args, train):
     return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, split):
-    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
-
-    A TensorDataset on the device; for the data set imagenet an ImageFolder.
-    """
+    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes."""
     if args.dataset == "synthetic":
         count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
         images, labels, classes = make_gratings(count, args.image_size, seed)
@@ -520,7 +507,7 @@ def open_images(args, split):
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
         if args.dataset == "imagenet":
-            return dataset
+            return dataset  # read anew for every batch; all others stay on the device
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
         images = torch.cat([images.clone() for images, _ in loader])
@@ -531,12 +518,10 @@ def open_images(args, split):
 
 # ==== batches =====================================================================================
 def shift_and_flip(images, g):
-    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
-
-    g draws numbers for the whole batch, the same in every process, which uses those of its share.
-    """
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
+    # Numbers for the whole batch, the same in every process, which uses those of its share.
     shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
     # A copy that blocks would wait until a GPU has done all that it was given so far.
@@ -555,35 +540,30 @@ class Batches:
     and all batches are full. The caller sets `epoch`, which with the seed decides what is random.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
-        self.dataset, self.index, self.batch_size = dataset, index, batch_size
+        self.dataset, self.index, self.batch_size, self.args = dataset, index, batch_size, args
         self.train, self.augment, self.epoch = train, augment, 0
-        self.seed, self.device, self.workers = args.seed, args.device, args.workers
         self.num_images = len(index) - (len(index) % batch_size if train else 0)
-        mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
-        self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
+        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]))
+        self.mean, self.std = 255 * mean_std.view(2, 3, 1, 1).to(args.device)
 
     def __len__(self):
         return math.ceil(self.num_images / self.batch_size)
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        g = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.epoch)
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
         batches = index[:self.num_images].split(self.batch_size)
         shares = [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
-        on_gpu = self.device == "cuda"
+        device, on_gpu = self.args.device, self.args.device == "cuda"
         if isinstance(self.dataset, TensorDataset):  # a whole share is taken at once
-            shares = [share.to(self.device) for share in shares]
-            loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
+            how = dict(sampler=[share.to(device) for share in shares], batch_size=None)
         else:  # workers read the images of a share one by one
-            shares = [share.tolist() for share in shares]
-            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
-                                pin_memory=on_gpu)
-        for images, labels in loader:
-            images = images.to(self.device, non_blocking=on_gpu)
-            labels = labels.to(self.device, non_blocking=on_gpu)
+            how = dict(batch_sampler=[share.tolist() for share in shares],
+                       num_workers=self.args.workers, pin_memory=on_gpu)
+        for batch in DataLoader(self.dataset, **how):
+            images, labels = (part.to(device, non_blocking=on_gpu) for part in batch)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
@@ -622,9 +602,8 @@ def start_processes(args):
 def draw_sample(args, epoch, distribution):
     """The sample of an epoch, the same in every process; seeds dropout, which is not the same.
 
-    Both follow from --seed and the epoch, so that --resume repeats them, as do the order of the
-    images, their shifts and flips, for which Batches has a generator of its own. A method may draw
-    from torch's generator in sample(), but not in record() or best().
+    Both follow from --seed and the epoch, so that --resume repeats them. A method may draw from
+    torch's generator in sample(), but not in record() or best().
     """
     torch.manual_seed(1_000_003 * args.seed + 250_000 + epoch)
     sample = check_sample(distribution.sample(), *distribution.probabilities.shape)
@@ -671,11 +650,10 @@ def average_gradients(weights):
     if WORLD_SIZE > 1:
         used = torch.tensor([float(w.grad is not None) for w in weights]).to(weights[0].device)
         average_over_processes([used])
-        weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
-        for weight in weights:
-            if weight.grad is None:  # an operation may draw which weights it uses
+        for weight, share in zip(weights, used.tolist()):
+            if weight.grad is None and share > 0:  # an operation may draw which weights it uses
                 weight.grad = torch.zeros_like(weight)
-        average_over_processes([weight.grad for weight in weights])
+        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
 def finite_mean(sum_losses, sum_norms, num_steps):
     """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
@@ -697,7 +675,7 @@ MAY_DIFFER = ("data_dir", "device", "workers", "out", "resume")  # between a run
 def run_settings(args):
     """What a run, its --resume and all their processes have in common, the method first."""
     settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return {"method": args.method, **settings, "processes": WORLD_SIZE}
+    return {**settings, "processes": WORLD_SIZE}
 
 def write_file(path, data):
     """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
@@ -711,17 +689,14 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues.
-
-    checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
-    """
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues."""
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
     if len(log) == 1:  # what cannot be loaded fails now, and not at --resume after hours
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     lines = [json.dumps(row) + "\n" for row in log]
-    write_file(args.out / "log.jsonl", "".join(lines).encode())
+    write_file(args.out / "log.jsonl", "".join(lines).encode())  # after a kill here, it is ahead
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
 
 def read_checkpoint(path):
@@ -736,10 +711,7 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs.
-
-    Without --resume, a UserError if --out holds a run: of two that begin at once, one fails here.
-    """
+    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs."""
     path, log = args.out / "checkpoint.pt", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
@@ -751,7 +723,7 @@ def load_checkpoint(args, settings, parts):
     elif RANK == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "log.jsonl").touch(exist_ok=args.resume)
+            (args.out / "log.jsonl").touch(exist_ok=args.resume)  # fails if --out holds a run
         except OSError as error:
             raise UserError(f"--out: {error.filename}: {error.strerror}. Name another folder, or "
                             "add --resume to go on with the run in this one") from None
@@ -760,7 +732,6 @@ def load_checkpoint(args, settings, parts):
 
 # ==== what the user sees ==========================================================================
 def print0(text):
-    """Print in process 0."""
     if RANK == 0:
         print(text, flush=True)
 
@@ -819,17 +790,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The docstring as it is, and every default."""
 
 def at_least(least, kind=int):
-    """An argparse type: a number, from the least to what 32 bits hold."""
-    most = 2**32 - 1 if kind is int else 1e38
+    """An argparse type: a number from the least to a billion."""
     def number(text):
-        if not least <= kind(text) <= most:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}")
+        if not least <= kind(text) <= 1e9:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be from {least} to a billion")
         return kind(text)
     return number
 
 def add_arguments(parser, defaults, method):
     """Add the options that every script has."""
-    parser.set_defaults(method=method)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="CIFAR's, or one with train/<class>/* and, for retrain.py, val/<class>/*")
@@ -837,8 +806,7 @@ def add_arguments(parser, defaults, method):
         help="side of the square to which images are cropped; more than 64 with imagenet only")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
-    add("--lr", type=at_least(0, float), default=defaults["lr"],
-        help="learning rate of the first epoch")
+    add("--lr", type=at_least(0, float), default=defaults["lr"], help="initial learning rate")
     add("--seed", type=at_least(0), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -877,7 +845,7 @@ def parse_args(argv, options, method):
             how = {"action": argparse.BooleanOptionalAction}
         add("--" + name.replace("_", "-"), default=default, help=text.replace("%", "%%"), **how)
     add_arguments(parser, defaults, method)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(method=method))
     check_image_size(args)
     return args
 
@@ -907,14 +875,13 @@ def exit_code(run):
 def main(argv=None, distribution_class=MultinomialDistribution, options=OPTIONS, method=METHOD):
     """Search -> exit code.
 
-    options: name -> (default, help) of what the constructor of distribution_class takes, besides
-    num_edges, num_ops and seed. A default is a bool, a string or a number; numbers that are given
-    must not be negative. method: its name in the settings, and that of the results' folder.
+    options: name -> (default, help) of what distribution_class takes, besides num_edges, num_ops
+    and seed: bools, strings, and numbers from 0. method: its name, and that of the results' folder.
     """
     def run():
         args = parse_args(argv, options, method)
         start_processes(args)
-        num_edges, num_ops = 2 * NUM_EDGES, len(OPS)
+        num_edges, num_ops = 2 * CELL_EDGES, len(OPS)
         if args.space == "mobile":
             num_edges, num_ops = len(BACKBONES[args.backbone][0]), len(CANDIDATES)
         chosen = {name: getattr(args, name) for name in options}

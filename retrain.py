@@ -56,7 +56,7 @@ MAY_DIFFER = (  # between a run and its --resume
     "data_dir", "device", "workers", "out", "resume", "compile", "summary", "evaluate", "name")
 
 # ==== operations ==================================================================================
-NODES = range(2, 6)     # of a cell, each with an edge from every lower number; 0 and 1: its inputs
+NODES = range(2, 6)      # of a cell, each with an edge from every lower number; 0 and 1: its inputs
 
 class Zero(nn.Module):
     def __init__(self, stride):
@@ -75,8 +75,8 @@ class FactorizedReduce(nn.Module):
         self.bn = norm(c_out)
 
     def forward(self, x):
-        # Slices in place of a stride: the ReLU has half as much to do, and the backward pass of a
-        # strided 1x1 conv is not safe on a CPU in torch 2.14.
+        # Slices in place of a stride: the ReLU has half as much to do, and on a CPU the backward
+        # pass of a strided 1x1 conv can crash in torch 2.14.
         even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         return self.bn(torch.cat([self.conv1(F.relu(even)), self.conv2(F.relu(odd))], 1))
 
@@ -84,23 +84,17 @@ def relu_conv_bn(c_in, c_out, norm):
     return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 def depthwise_separable(c, kernel, stride, dilation, norm):
-    relu = nn.ReLU()
-    if stride == dilation == 2:  # never reads odd rows and columns: a plain conv of the even ones
-        relu = nn.Sequential(nn.AvgPool2d(1, 2), relu)  # the pool is x[:, :, ::2, ::2]
+    first = nn.ReLU()
+    if stride == dilation == 2:  # would read even rows and columns only: the pool takes these
+        first = nn.Sequential(nn.AvgPool2d(1, 2), first)
         stride = dilation = 1
     padding = dilation * (kernel - 1) // 2
     depthwise = nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=False)
-    return nn.Sequential(relu, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
+    return nn.Sequential(first, depthwise, nn.Conv2d(c, c, 1, bias=False), norm(c))
 
 def sep_conv(c, kernel, stride, norm):
     return nn.Sequential(depthwise_separable(c, kernel, stride, 1, norm),
                          depthwise_separable(c, kernel, 1, 1, norm))
-
-def dense_gradient(x):
-    """Return x, and copy its gradient: torch.cat gives a slice, with which BatchNorm is slow."""
-    if x.requires_grad and not torch.compiler.is_compiling():  # torch 2.4 cannot compile hooks
-        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-    return x
 
 OPS = {  # the space of cells: the candidates of an edge
     "none": lambda c, stride, norm: Zero(stride),
@@ -285,6 +279,12 @@ def drop_path(x, probability):
     """Zero the whole output x (B, C, H, W) for some images, rescale the others: the mean stays."""
     keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= probability
     return x * (keep / (1 - probability)).to(x.dtype)
+
+def dense_gradient(x):
+    """Return x. torch.cat gives gradients that are slices, slow in BatchNorm: copy that of x."""
+    if x.requires_grad and not torch.compiler.is_compiling():  # torch 2.4 cannot compile hooks
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
 
 class Cell(nn.Module):
     def __init__(self, pairs, c_prev_prev, c_prev, c, reduction, reduction_prev, norm):
@@ -630,8 +630,7 @@ def summarise(args):
            "CPU threads)")
 
 # ==================================================================================================
-# Nothing of the papers stands below, but for shift_and_flip, their augmentation: images, batches,
-# processes, files, what the user sees, arguments, main
+# Nothing of the papers stands below, but for shift_and_flip, their augmentation.
 
 # ==== images ======================================================================================
 class UserError(Exception):
@@ -645,8 +644,7 @@ SMALL = 64  # pixels: images up to this size stay in the memory of the device
 class ImageFolder(torchvision.datasets.ImageFolder):
     """The images below <folder>/<class>, read when needed: (3, size, size) uint8, label."""
     def __init__(self, folder, size):
-        formats = Image.registered_extensions()
-        suffixes = tuple(suffix for suffix in formats if formats[suffix] in Image.OPEN)
+        suffixes = tuple(Image.registered_extensions())
         below = len(str(folder))  # where in a path the part below the folder begins
         def is_image(path):  # no hidden file, and none in a hidden folder
             return path.lower().endswith(suffixes) and f"{os.sep}." not in path[below:]
@@ -684,21 +682,19 @@ def plain_transform(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size), v2.PILToTensor()])
 
 def make_gratings(count, size, seed):
-    """Synthetic images, two gratings under noise -> images (count, 3, size, size), labels, classes.
-
-    The class is the pair of their angles, the same for a mirror image: training flips images.
-    """
+    """Synthetic images, gratings under noise -> images (count, 3, size, size), labels, classes."""
     g = torch.Generator().manual_seed(seed)
     pairs = torch.combinations(torch.arange(5))                      # (10, 2)
     labels = torch.randint(len(pairs), (count,), generator=g)
     each = (count, 2, 1, 1)                                          # a number for each grating
+    # The class is the pair of their angles, the same for a mirror image: training flips images.
     mirror = 2 * torch.randint(2, each, generator=g) - 1
     angle = pairs[labels].view(each) * mirror * math.pi / 8          # -90 to 90 degrees
     frequency = 0.08 + 0.12 * torch.rand(each, generator=g)          # cycles per pixel
     phase = 2 * math.pi * torch.rand(each, generator=g)
     colour = F.normalize(torch.randn(count, 2, 3, generator=g), dim=2)
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    distance = x * angle.cos() + y * angle.sin()                     # (count, 2, size, size)
+    x = torch.arange(size)                                           # y is x[:, None]
+    distance = x * angle.cos() + x[:, None] * angle.sin()            # (count, 2, size, size)
     waves = torch.sin(2 * math.pi * frequency * distance + phase)
     images = torch.einsum("nwyx,nwc->ncyx", waves, colour)
     images = images + 0.8 * torch.randn(count, 3, size, size, generator=g)
@@ -722,10 +718,7 @@ def read_cifar(args, train):
     return images, torch.tensor(data.targets), data.classes
 
 def open_images(args, split):
-    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes.
-
-    A TensorDataset on the device; for the data set imagenet an ImageFolder.
-    """
+    """The images of "train" or "val", (3, S, S) uint8, with labels and the names of the classes."""
     if args.dataset == "synthetic":
         count, seed = {"train": (768, 2 * args.seed + 1), "val": (1000, 2 * args.seed)}[split]
         images, labels, classes = make_gratings(count, args.image_size, seed)
@@ -739,7 +732,7 @@ def open_images(args, split):
         same_everywhere({"number of images": len(names),
                          **{f"image {i}": name for i, name in enumerate(names)}})
         if args.dataset == "imagenet":
-            return dataset
+            return dataset  # read anew for every batch; all others stay on the device
         # Cloned, since every tensor of a worker keeps a file open.
         loader = DataLoader(dataset, batch_size=100, num_workers=args.workers)
         images = torch.cat([images.clone() for images, _ in loader])
@@ -750,12 +743,10 @@ def open_images(args, split):
 
 # ==== batches =====================================================================================
 def shift_and_flip(images, g):
-    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them.
-
-    g draws numbers for the whole batch, the same in every process, which uses those of its share.
-    """
+    """Shift each of images (B, 3, S, S) by up to S / 8 in x and in y, and mirror half of them."""
     count, _, _, size = images.shape
     pad = size // 8  # 4 pixels for images of 32
+    # Numbers for the whole batch, the same in every process, which uses those of its share.
     shifts = torch.randint(2 * pad + 1, (2, count * WORLD_SIZE), generator=g)
     mirrored = torch.randint(2, (count * WORLD_SIZE, 1, 1, 1), generator=g).bool()
     # A copy that blocks would wait until a GPU has done all that it was given so far.
@@ -774,35 +765,30 @@ class Batches:
     and all batches are full. The caller sets `epoch`, which with the seed decides what is random.
     """
     def __init__(self, dataset, index, batch_size, args, train, augment=shift_and_flip):
-        self.dataset, self.index, self.batch_size = dataset, index, batch_size
+        self.dataset, self.index, self.batch_size, self.args = dataset, index, batch_size, args
         self.train, self.augment, self.epoch = train, augment, 0
-        self.seed, self.device, self.workers = args.seed, args.device, args.workers
         self.num_images = len(index) - (len(index) % batch_size if train else 0)
-        mean, std = MEAN_STD.get(args.dataset, MEAN_STD["imagenet"])
-        self.mean = 255 * torch.tensor(mean, device=args.device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=args.device).view(3, 1, 1)
+        mean_std = torch.tensor(MEAN_STD.get(args.dataset, MEAN_STD["imagenet"]))
+        self.mean, self.std = 255 * mean_std.view(2, 3, 1, 1).to(args.device)
 
     def __len__(self):
         return math.ceil(self.num_images / self.batch_size)
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        g = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.epoch)
         index = self.index
         if self.train:
             index = index[torch.randperm(len(index), generator=g)]
         batches = index[:self.num_images].split(self.batch_size)
         shares = [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
-        on_gpu = self.device == "cuda"
+        device, on_gpu = self.args.device, self.args.device == "cuda"
         if isinstance(self.dataset, TensorDataset):  # a whole share is taken at once
-            shares = [share.to(self.device) for share in shares]
-            loader = DataLoader(self.dataset, sampler=shares, batch_size=None)
+            how = dict(sampler=[share.to(device) for share in shares], batch_size=None)
         else:  # workers read the images of a share one by one
-            shares = [share.tolist() for share in shares]
-            loader = DataLoader(self.dataset, batch_sampler=shares, num_workers=self.workers,
-                                pin_memory=on_gpu)
-        for images, labels in loader:
-            images = images.to(self.device, non_blocking=on_gpu)
-            labels = labels.to(self.device, non_blocking=on_gpu)
+            how = dict(batch_sampler=[share.tolist() for share in shares],
+                       num_workers=self.args.workers, pin_memory=on_gpu)
+        for batch in DataLoader(self.dataset, **how):
+            images, labels = (part.to(device, non_blocking=on_gpu) for part in batch)
             if self.train:
                 images = self.augment(images, g)
             images = images.contiguous(memory_format=torch.channels_last)
@@ -870,11 +856,10 @@ def average_gradients(weights):
     if WORLD_SIZE > 1:
         used = torch.tensor([float(w.grad is not None) for w in weights]).to(weights[0].device)
         average_over_processes([used])
-        weights = [weight for weight, share in zip(weights, used.tolist()) if share > 0]
-        for weight in weights:
-            if weight.grad is None:  # an operation may draw which weights it uses
+        for weight, share in zip(weights, used.tolist()):
+            if weight.grad is None and share > 0:  # an operation may draw which weights it uses
                 weight.grad = torch.zeros_like(weight)
-        average_over_processes([weight.grad for weight in weights])
+        average_over_processes([weight.grad for weight in weights if weight.grad is not None])
 
 def finite_mean(sum_losses, sum_norms, num_steps):
     """The mean loss, if it and the norms of the gradients are finite. Else a UserError."""
@@ -894,7 +879,7 @@ def autocast(device):
 def run_settings(args):
     """What a run, its --resume and all their processes have in common, the method first."""
     settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return {"method": args.method, **settings, "processes": WORLD_SIZE}
+    return {**settings, "processes": WORLD_SIZE}
 
 def write_file(path, data):
     """Write bytes, in process 0. By a rename: the file is the old or the new one, whole."""
@@ -908,17 +893,14 @@ def write_file(path, data):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 def save_checkpoint(args, settings, parts, log):
-    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues.
-
-    checkpoint.pt holds the log, too: after a kill between the two, log.jsonl is an epoch ahead.
-    """
+    """Write log.jsonl, an object per epoch, and checkpoint.pt, from which --resume continues."""
     buffer = io.BytesIO()
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"settings": settings, "log": log, **state}, buffer)
     if len(log) == 1:  # what cannot be loaded fails now, and not at --resume after hours
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     lines = [json.dumps(row) + "\n" for row in log]
-    write_file(args.out / "log.jsonl", "".join(lines).encode())
+    write_file(args.out / "log.jsonl", "".join(lines).encode())  # after a kill here, it is ahead
     write_file(args.out / "checkpoint.pt", buffer.getvalue())
 
 def read_checkpoint(path):
@@ -933,10 +915,7 @@ def read_checkpoint(path):
                         "which could run code (save network.state_dict() alone)") from None
 
 def load_checkpoint(args, settings, parts):
-    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs.
-
-    Without --resume, a UserError if --out holds a run: of two that begin at once, one fails here.
-    """
+    """Bring the parts to the state in --out, if --resume finds one -> the log of its epochs."""
     path, log = args.out / "checkpoint.pt", []
     if args.resume and path.exists():
         checkpoint = read_checkpoint(path)
@@ -948,7 +927,7 @@ def load_checkpoint(args, settings, parts):
     elif RANK == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "log.jsonl").touch(exist_ok=args.resume)
+            (args.out / "log.jsonl").touch(exist_ok=args.resume)  # fails if --out holds a run
         except OSError as error:
             raise UserError(f"--out: {error.filename}: {error.strerror}. Name another folder, or "
                             "add --resume to go on with the run in this one") from None
@@ -957,7 +936,6 @@ def load_checkpoint(args, settings, parts):
 
 # ==== what the user sees ==========================================================================
 def print0(text):
-    """Print in process 0."""
     if RANK == 0:
         print(text, flush=True)
 
@@ -974,17 +952,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The docstring as it is, and every default."""
 
 def at_least(least, kind=int):
-    """An argparse type: a number, from the least to what 32 bits hold."""
-    most = 2**32 - 1 if kind is int else 1e38
+    """An argparse type: a number from the least to a billion."""
     def number(text):
-        if not least <= kind(text) <= most:  # NaN fails this, too
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}")
+        if not least <= kind(text) <= 1e9:  # NaN fails this, too
+            raise argparse.ArgumentTypeError(f"must be from {least} to a billion")
         return kind(text)
     return number
 
 def add_arguments(parser, defaults, method):
     """Add the options that every script has."""
-    parser.set_defaults(method=method)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="CIFAR's, or one with train/<class>/* and, for retrain.py, val/<class>/*")
@@ -992,8 +968,7 @@ def add_arguments(parser, defaults, method):
         help="side of the square to which images are cropped; more than 64 with imagenet only")
     add("--batch-size", type=at_least(1), default=defaults["batch_size"],
         help="images per step, of all processes together")
-    add("--lr", type=at_least(0, float), default=defaults["lr"],
-        help="learning rate of the first epoch")
+    add("--lr", type=at_least(0, float), default=defaults["lr"], help="initial learning rate")
     add("--seed", type=at_least(0), default=0, help="random seed")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1075,7 +1050,7 @@ def parse_args(argv):
         help="use torch.compile: the first epoch takes minutes longer")
     add_arguments(parser, defaults, METHOD)
     parser.set_defaults(**defaults)  # the rest of the recipe, too, which has no options
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(method=METHOD))
 
     args.genotype, args.name, args.dataset, args.space = str(genotype), name, dataset, space
     if args.lr is None:
