@@ -28,6 +28,12 @@ the method found with its seeds.
 
 With --exact an evaluation is the mean of the trainings, and there is no luck in it.
 
+To measure a class of your own, as README describes it, add it to METHODS and to OWN below, and run
+--rows with its name:
+
+    "mine": ("my method", lambda train, E, K, n, seed: run_distribution(Mine(E, K, n, seed), train),
+             1000),
+
 TPE needs optuna (pip install optuna), and is left out without it. All methods take half an hour of
 one core; DDP-NAS alone takes two minutes (T = 30 with 5,000 seeds as well).
 """
