@@ -403,7 +403,7 @@ def derive_cells(best, scores, seed=0):
     """best: an operation for each of 28 edges, scores (28, 8) -> Genotype.
 
     A node keeps the 2 edges whose operations have the highest scores. Where the best operation is
-    `none`, the one with the highest score of the other seven takes its place. Chance decides
+    `none`, the one with the highest score of all others takes its place. Chance decides
     between operations, and between edges, of equal scores.
     """
     if not (scores < math.inf).all():  # NaN fails this, too; a method may use -inf for "never"
